@@ -1,0 +1,113 @@
+"""The command line. Commands are the stages' names and `run`; options are the recipe's settings under their own names."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from unstilted.errors import UserError
+from unstilted.files import is_disk_full
+from unstilted.recipe import Recipe, load_recipe, recipe_toml
+
+Settings = Annotated[Recipe, arg(name="")]
+STAGE_COMMANDS = ("pairs", "train", "respond", "measure", "report")
+DEFAULT_RUN = Path("runs/default")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `unstilted`; returns the exit code: 0 done, 1 something the user can fix, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command(words)
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" {error.filename}:" if error.filename else ""
+        return _refuse(f"{where} the disk is full. Free some space and run the same command again; finished work is kept.".strip())
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to go on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def command(words: list[str]) -> None:
+    """Parse a command line and do what it says."""
+    from tyro.extras import SubcommandApp
+
+    app = SubcommandApp()
+    base = _base_recipe(words)
+
+    def run(
+        recipe: Positional[str] = "",
+        /,
+        out: Path = DEFAULT_RUN,
+        redo: str = "",
+        settings: Settings = base,
+    ) -> None:
+        """Do the whole way, from pairs to the report; what is already done and unchanged is skipped.
+
+        Args:
+            recipe: A recipe file (TOML); left out, every setting has its default.
+            out: The run folder.
+            redo: Do this stage and all behind it again although nothing changed.
+            settings: The recipe's settings.
+        """
+        from unstilted.pipeline import run_pipeline
+
+        run_pipeline(settings, out, redo)
+        _print_result(out)
+
+    def recipe() -> None:
+        """Print the default recipe as TOML with every setting explained."""
+        print(recipe_toml(Recipe()), end="")
+
+    app.command(run)
+    for name in STAGE_COMMANDS:
+        app.command(name=name)(_stage_command(name, base))
+    app.command(recipe)
+    app.cli(prog="unstilted", description=DESCRIPTION, args=words)
+
+
+DESCRIPTION = "Make a chat model talk like a thoughtful person, and prove what that gained and what it cost."
+
+
+def _stage_command(name: str, base: Recipe) -> Callable[..., None]:
+    def stage(run: Positional[Path], /, settings: Settings = base) -> None:
+        from unstilted.pipeline import run_stage
+
+        run_stage(name, settings, run)
+
+    stage.__doc__ = f"""Do the stage `{name}` of a run folder again, with the folder's own recipe.
+
+    Args:
+        run: The run folder.
+        settings: The recipe's settings.
+    """
+    return stage
+
+
+def _base_recipe(words: list[str]) -> Recipe:
+    """The recipe whose settings the options override: the file named behind `run`, or the one kept in a run folder."""
+    if len(words) < 2 or words[1].startswith("-"):
+        return Recipe()
+    if words[0] == "run":
+        return load_recipe(Path(words[1]))
+    if words[0] in STAGE_COMMANDS:
+        return load_recipe(Path(words[1]) / "recipe.toml")
+    return Recipe()
+
+
+def _print_result(out: Path) -> None:
+    from unstilted.records import Measures
+
+    measures = Measures.model_validate_json((out / "measures.json").read_text(encoding="utf-8"))
+    print(f"{measures.changed}\n{measures.gate.text}\n{measures.cost}\n{out / 'report.html'}")
+
+
+def _refuse(text: str) -> int:
+    print(f"unstilted: {text}", file=sys.stderr)
+    return 1

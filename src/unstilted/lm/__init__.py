@@ -1,0 +1,1 @@
+"""Exact log-probabilities of continuations, and the tokens they are taken over."""

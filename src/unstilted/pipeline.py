@@ -1,0 +1,120 @@
+"""The whole way: which stages there are, what each reads and writes, and how a run walks them."""
+
+import os
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from unstilted.errors import UserError
+from unstilted.files import write_text
+from unstilted.progress import say
+from unstilted.recipe import Recipe, recipe_toml
+from unstilted.rundir import RunDir, StageEntry, StageWork, open_run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the pipeline. The module of its name has `run(recipe, run_dir) -> facts`."""
+
+    name: str
+    tables: tuple[str, ...]
+    """Recipe tables that it depends on, besides the seed."""
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    """`module:function`s that take the recipe and give fingerprints of what the stage reads from outside the run folder."""
+
+    def fingerprints(self, recipe: Recipe) -> dict[str, str]:
+        """What the stage reads from outside, by name; raises UserError when something isn't there or can't be used."""
+        found: dict[str, str] = {}
+        for source in self.sources:
+            module, _, function = source.partition(":")
+            found |= getattr(import_module(f"unstilted.{module}"), function)(recipe)
+        return found
+
+    def run(self, recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
+        """Do the work; the module is imported only now, since some of them take seconds."""
+        facts: dict[str, Any] = import_module(f"unstilted.{self.name}").run(recipe, run_dir)
+        return facts
+
+
+STAGES = (
+    Stage("pairs", ("pairs",), (), ("pairs.jsonl", "held_out.jsonl", "dropped.jsonl"), ("pairs:sources",)),
+    Stage("train", ("model", "train"), ("pairs.jsonl", "held_out.jsonl"), ("adapter", "train.jsonl"), ("models.resolve:sources",)),
+    Stage("respond", ("model", "respond"), ("adapter",), ("responses.jsonl",), ("models.resolve:sources", "respond:sources")),
+    Stage("measure", ("measure",), ("responses.jsonl",), ("measures.json", "scores.jsonl")),
+    Stage(
+        "report",
+        ("report",),
+        ("measures.json", "scores.jsonl", "responses.jsonl", "train.jsonl", "pairs.jsonl"),
+        ("report.html", "README.md", "before_after.svg"),
+    ),
+)
+
+
+def stage_named(name: str) -> Stage:
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def run_pipeline(recipe: Recipe, path: Path, redo: str = "") -> dict[str, StageEntry]:
+    """Do every stage that isn't done yet, in order, and return the manifest.
+
+    redo: a stage to do again with all behind it although nothing changed. Everything a user can get wrong in the recipe's sources is
+    checked before the first download. A killed run goes on where it was.
+    """
+    if redo and redo not in {stage.name for stage in STAGES}:
+        raise UserError(f"'{redo}' is no stage.", where="--redo", do=f"Stages: {', '.join(stage.name for stage in STAGES)}.")
+    _settle_threads()
+    with open_run(path) as run_dir:
+        check(recipe)
+        write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
+        must = False
+        for stage in STAGES:
+            must = must or stage.name == redo
+            must = _do(stage, recipe, run_dir, must=must) or must
+        return run_dir.manifest()
+
+
+def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
+    """Do one stage of a run folder, whether or not it is done already."""
+    _settle_threads()
+    with open_run(path) as run_dir:
+        write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
+        _do(stage_named(name), recipe, run_dir, must=True)
+        return run_dir.manifest()[name]
+
+
+def check(recipe: Recipe) -> None:
+    """Look at everything outside the run folder that the recipe names; raises UserError before any long work."""
+    for stage in STAGES:
+        stage.fingerprints(recipe)
+
+
+def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> bool:
+    """Do a stage unless it is done, and say which; True when it was done now."""
+    work = StageWork(
+        name=stage.name,
+        settings={"seed": recipe.seed} | {name: getattr(recipe, name).model_dump(mode="json") for name in stage.tables},
+        reads=stage.reads,
+        writes=stage.writes,
+        sources=stage.fingerprints(recipe),
+        work=lambda: stage.run(recipe, run_dir),
+    )
+    if not must and run_dir.is_done(work):
+        say(f"{stage.name:<8} unchanged")
+        return False
+    start = time.monotonic()
+    say(f"{stage.name:<8} ...")
+    run_dir.do(work)
+    say(f"{stage.name:<8} done in {time.monotonic() - start:.0f} s")
+    return True
+
+
+def _settle_threads() -> None:
+    """Let OpenMP threads sleep while they wait: spinning ones collapse as soon as anything else wants the cores.
+
+    Must come before torch and llama.cpp are imported; a value that the user set is kept.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,11 @@
+"""The embedded model, fetched once into the user's cache; without it the tests that need it fail, they aren't skipped."""
+
+import pytest
+
+from unstilted.models.resolve import BaseModelFiles, resolve_model
+from unstilted.recipe import ModelTable
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> BaseModelFiles:
+    return resolve_model(ModelTable())
