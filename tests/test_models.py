@@ -567,7 +567,7 @@ def random_adapter(embedded_model: BaseModelFiles, tmp_path_factory: pytest.Temp
         if "lora_" in name:
             weight.data.normal_(0, 0.05 if "lora_A" in name else 0.03, generator=generator)
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # or PEFT asks the hub for the base model's config
     return model, folder
 
 
@@ -608,7 +608,6 @@ def test_llama_cpp_and_peft_agree_on_an_adapter_in_float32(
     with rescale_adapter_scale(model, 0.75):
         compared = [lead_and_difference(model, prompt, tokens) for prompt, tokens in zip(prompts, written, strict=True)]
     leads, differences = (torch.cat(parts) for parts in zip(*compared, strict=True))
-    print(leads.max(), differences.abs().mean(), differences.abs().max())
     assert len(differences) == len(prompts) * N_TOKENS
     assert differences.abs().mean() < 0.005
     assert leads.max() < 0.02, "every token is PEFT's likeliest too, but for ties"

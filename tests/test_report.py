@@ -134,7 +134,7 @@ def invented_measures(scores: list[Score]) -> Measures:
         confidence=0.95,
         measures=measures,
         gate=Gate(
-            passed=True,
+            verdict="passed",
             text="Honesty gate passed: 0.8% of tuned answers claim a human life, base 0.5% "
             "(change +0.3 points, interval -0.9 to +1.4; the upper end may be +2.0).",
         ),
@@ -181,7 +181,7 @@ def invented_manifest() -> dict[str, Any]:
             "dropped": [{"line": 17, "reason": "'rejected' is empty"}, {"line": 203, "reason": "prompt seen before, on line 90"}],
         },
         "train": {
-            "model": "SmolLM2-135M-Instruct",
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "licence": "Apache-2.0",
             "n_parameters_trained": 1221120,
             "n_steps": 58,
@@ -190,7 +190,7 @@ def invented_manifest() -> dict[str, Any]:
             "peak_memory_gb": 2.31,
         },
         "respond": {"engine": "embedded", "weights": "SmolLM2-135M-Instruct Q4_1 GGUF with the adapter as F16 GGUF LoRA"},
-        "measure": {"gate_passed": True},
+        "measure": {"gate": "passed"},
     }
     seconds = {"pairs": 0.41, "train": 1512.7, "respond": 402.3, "measure": 11.8}
     entries = {
@@ -451,7 +451,7 @@ def test_page_shows_the_asked_number_of_examples_and_five_worst(small_run: RunDi
 
 
 def test_a_failed_gate_is_said_in_words_and_colour_everywhere(small_run: RunDir) -> None:
-    edit(small_run.file("measures.json"), lambda row: row.update(gate={"passed": False, "text": "Claims rose by 7 points."}))
+    edit(small_run.file("measures.json"), lambda row: row.update(gate={"verdict": "failed", "text": "Claims rose by 7 points."}))
     run(Recipe(), small_run)
     assert '<span class="failed">✗ Failed.</span> Claims rose by 7 points.' in page(small_run.path)
     assert "**The honesty gate failed.**" in small_run.file("README.md").read_text(encoding="utf-8")

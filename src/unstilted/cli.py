@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import ValidationError
 from tyro.conf import Positional, arg
 
 from unstilted.errors import UserError
@@ -17,12 +18,24 @@ DEFAULT_RUN = Path("runs/default")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `unstilted`; returns the exit code: 0 done, 1 something the user can fix, 130 interrupted."""
+    """Entry point of `unstilted`; returns the exit code: 0 done, 1 something the user can fix, 130 interrupted.
+
+    A command line that can't be parsed leaves by SystemExit with code 2.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         command(words)
     except UserError as error:
         return _refuse(str(error))
+    except ValidationError as error:
+        if error.title != Recipe.__name__:  # of a setting in no table; tyro reports the others itself
+            raise
+        first = error.errors()[0]
+        return _refuse(f"--{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}. Change the value.")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "unstilted":
+            raise
+        return _refuse(f"this needs the package '{error.name}'. Install the extra that holds it: pip install 'unstilted[run]'.")
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -58,6 +71,7 @@ def command(words: list[str]) -> None:
         """
         from unstilted.pipeline import run_pipeline
 
+        _require_first(recipe, words)
         run_pipeline(settings, out, redo)
         _print_result(out)
 
@@ -67,7 +81,7 @@ def command(words: list[str]) -> None:
 
     app.command(run)
     for name in STAGE_COMMANDS:
-        app.command(name=name)(_stage_command(name, base))
+        app.command(name=name)(_stage_command(name, base, words))
     app.command(recipe)
     app.cli(prog="unstilted", description=DESCRIPTION, args=words)
 
@@ -75,10 +89,11 @@ def command(words: list[str]) -> None:
 DESCRIPTION = "Make a chat model talk like a thoughtful person, and prove what that gained and what it cost."
 
 
-def _stage_command(name: str, base: Recipe) -> Callable[..., None]:
+def _stage_command(name: str, base: Recipe, words: list[str]) -> Callable[..., None]:
     def stage(run: Positional[Path], /, settings: Settings = base) -> None:
         from unstilted.pipeline import run_stage
 
+        _require_first(str(run), words)
         run_stage(name, settings, run)
 
     stage.__doc__ = f"""Do the stage `{name}` of a run folder again, with the folder's own recipe.
@@ -99,6 +114,14 @@ def _base_recipe(words: list[str]) -> Recipe:
     if words[0] in STAGE_COMMANDS:
         return load_recipe(Path(words[1]) / "recipe.toml")
     return Recipe()
+
+
+def _require_first(place: str, words: list[str]) -> None:
+    """Raise UserError when a recipe or run folder stands behind an option, where `_base_recipe` didn't read its settings."""
+    if place and words[1].startswith("-"):
+        raise UserError(
+            f"'{place}' stands behind an option.", where="command line", do=f"Write `unstilted {words[0]} {place}`, then options."
+        )
 
 
 def _print_result(out: Path) -> None:

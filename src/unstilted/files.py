@@ -24,7 +24,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
+        with _telling_full_disks(path):
+            yield part
         _fsync(part)
         part.replace(path)
         _fsync(path.parent)
@@ -38,7 +39,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        yield part
+        with _telling_full_disks(path):
+            yield part
         for file in (*part.rglob("*"), part):
             _fsync(file)
         if path.exists():
@@ -75,6 +77,19 @@ def require_free_space(folder: Path, n_bytes: int, purpose: str) -> None:
 
 def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def _telling_full_disks(path: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk as errors of their own kinds; make it the OSError that it is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < 1_000_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def _fsync(path: Path) -> None:

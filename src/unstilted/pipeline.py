@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -66,20 +67,20 @@ def run_pipeline(recipe: Recipe, path: Path, redo: str = "") -> dict[str, StageE
     """
     if redo and redo not in {stage.name for stage in STAGES}:
         raise UserError(f"'{redo}' is no stage.", where="--redo", do=f"Stages: {', '.join(stage.name for stage in STAGES)}.")
-    _settle_threads()
+    _settle_libraries()
     with open_run(path) as run_dir:
         check(recipe)
         write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
         must = False
         for stage in STAGES:
             must = must or stage.name == redo
-            must = _do(stage, recipe, run_dir, must=must) or must
+            _do(stage, recipe, run_dir, must=must)
         return run_dir.manifest()
 
 
 def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
     """Do one stage of a run folder, whether or not it is done already."""
-    _settle_threads()
+    _settle_libraries()
     with open_run(path) as run_dir:
         write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
         _do(stage_named(name), recipe, run_dir, must=True)
@@ -87,13 +88,20 @@ def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
 
 
 def check(recipe: Recipe) -> None:
-    """Look at everything outside the run folder that the recipe names; raises UserError before any long work."""
-    for stage in STAGES:
-        stage.fingerprints(recipe)
+    """Look at everything outside the run folder that the recipe names, the model last since it may have to be fetched.
+
+    Raises UserError before any long work.
+    """
+    from unstilted import pairs, respond
+    from unstilted.models.resolve import resolve_model
+
+    pairs.check(recipe)
+    respond.sources(recipe)
+    respond.engine_name(recipe.respond, resolve_model(recipe.model))
 
 
-def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> bool:
-    """Do a stage unless it is done, and say which; True when it was done now."""
+def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
+    """Do a stage unless it is done, and say which."""
     work = StageWork(
         name=stage.name,
         settings={"seed": recipe.seed} | {name: getattr(recipe, name).model_dump(mode="json") for name in stage.tables},
@@ -104,17 +112,16 @@ def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> bool:
     )
     if not must and run_dir.is_done(work):
         say(f"{stage.name:<8} unchanged")
-        return False
+        return
     start = time.monotonic()
     say(f"{stage.name:<8} ...")
     run_dir.do(work)
     say(f"{stage.name:<8} done in {time.monotonic() - start:.0f} s")
-    return True
 
 
-def _settle_threads() -> None:
-    """Let OpenMP threads sleep while they wait: spinning ones collapse as soon as anything else wants the cores.
-
-    Must come before torch and llama.cpp are imported; a value that the user set is kept.
-    """
+def _settle_libraries() -> None:
+    """What must come before torch, transformers and llama.cpp are imported."""
+    # Spinning threads collapse as soon as anything else wants the cores; a value that the user set is kept.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft 0.21 asks transformers 5.24 by an old name; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)

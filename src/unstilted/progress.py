@@ -9,13 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unstilted.records import TrainPoint
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 """Progress goes to stderr, results to stdout."""
 
 
 def say(text: str) -> None:
     """One line about what is going on."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def bar(unit: str) -> Progress:
@@ -38,7 +38,9 @@ class TrainProgress:
     def __init__(self, n_steps: int, batch_size: int) -> None:
         self.bar, self.n_steps, self.batch_size = bar("steps"), n_steps, batch_size
         self.task = self.bar.add_task("training", total=n_steps)
-        self.start, self.first_pairs = time.monotonic(), 0
+        self.start = time.monotonic()
+        self.n_pairs_before: int | None = None
+        """Pairs of an earlier process whose training goes on here."""
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -48,9 +50,9 @@ class TrainProgress:
         self.bar.stop()
 
     def show(self, point: TrainPoint) -> None:
-        if not self.first_pairs:
-            self.first_pairs = point.n_pairs - self.batch_size
-        rate = (point.n_pairs - self.first_pairs) / max(1e-9, time.monotonic() - self.start)
+        if self.n_pairs_before is None:
+            self.n_pairs_before = point.n_pairs - self.batch_size
+        rate = (point.n_pairs - self.n_pairs_before) / max(1e-9, time.monotonic() - self.start)
         self.bar.update(self.task, completed=point.step, description=f"loss {point.loss:.3f}  {rate:.2f} pairs/s")
         if point.held_out is not None:
             held = point.held_out

@@ -147,7 +147,7 @@ class Measure(Record):
 class Gate(Record):
     """The verdict on honesty."""
 
-    passed: bool
+    verdict: Literal["passed", "failed", "cannot tell"]
     text: str
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 from random import Random
@@ -88,11 +89,13 @@ class Journal:
         self.path = path
         self.rows: dict[str, Response] = {}
         if path.exists():
-            whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-            for line in whole:
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            for line in content[:whole].splitlines():
                 response = Response.model_validate_json(line)
                 self.rows[response.id] = response
-            path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+            if whole < len(content):
+                os.truncate(path, whole)
 
     @contextmanager
     def writing(self) -> Iterator["Journal"]:
@@ -143,7 +146,9 @@ def _request(prompt: Prompt, arm: Arm, chat: ChatTokens, recipe: Recipe) -> Requ
 
 def _key(arm: Arm, settings: RespondTable, requests: Sequence[Request], model: BaseModelFiles, adapter: Path) -> str:
     """Everything that an arm's answers depend on, and nothing else: a new adapter leaves the base's answers as they are."""
-    parts: list[Any] = [engine_name(settings, model), model.fingerprint, settings.temperature, settings.top_p, settings.max_new_tokens]
+    engine = engine_name(settings, model)
+    library = version("xllamacpp" if engine == "embedded" else "transformers")
+    parts: list[Any] = [engine, library, model.fingerprint, settings.temperature, settings.top_p, settings.max_new_tokens]
     parts.append([(request.key, request.tokens, request.seed) for request in requests])
     if arm == "tuned":
         parts += [sha256(adapter), settings.adapter_strength]
@@ -189,8 +194,9 @@ def _prompt(row: object, default_id: str, where: str) -> Prompt:
         raise UserError("this row has no 'prompt'.", where=where, do='Each line needs {"prompt": ...}.')
     text = row["prompt"]
     messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    wanted = {"id": str(row.get("id", default_id)), "prompt": messages}
-    wanted |= {name: str(row[name]) for name in ("category", "topic") if name in row}
+    wanted = {"id": default_id, "prompt": messages} | {
+        name: str(row[name]) for name in ("id", "category", "topic") if row.get(name) is not None
+    }
     prompt = parse_row(wanted, Prompt, where)
     if prompt.prompt[-1].role != "user" or not prompt.text.strip():
         raise UserError("the prompt doesn't end with words of the user.", where=where, do="Let the last message be the user's.")

@@ -5,11 +5,18 @@ from functools import cache
 from importlib.resources import files
 from statistics import fmean, pstdev
 
-WORD = re.compile(r"[A-Za-z]+(?:['\u2019][A-Za-z]+)*")
+LETTER = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+WORD = re.compile(rf"[{LETTER}]+(?:['\u2019][{LETTER}]+)*")
 SENTENCE_END = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)]*\s+|\n+")
-EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\U0001f1e6-\U0001f1ff]")
+EMOJI = re.compile("[\U0001f1e6-\U0001f1ff\U0001f300-\U0001faff\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b50\u2b55]")
 
-CONTRACTION = re.compile(r"\b\w+(?:n't|'(?:s|re|ve|ll|d|m))\b|\b(?:gonna|wanna|gotta|kinda|dunno|lemme)\b", re.I)
+CONTRACTION = re.compile(
+    r"\b(?:\w+(?:n't|'(?:re|ve|ll|d|m))|(?:it|he|she|that|there|here|what|who|where|when|how|why|let|\w+(?:body|thing))'s|"
+    r"gonna|wanna|gotta|kinda|dunno|lemme)\b|"
+    r"\b\w+'s(?= (?:a|an|the|not|been|got|gone|just|too|very|so|still|already|never|always|no|going|getting|doing|being|having)\b)",
+    re.I,
+)
+"""A noun's 's counts only before a word that makes it 'is' or 'has': a possessive is no contraction."""
 SECOND_PERSON = re.compile(r"\b(?:you|your|yours|yourself|you'\w+)\b", re.I)
 FIRST_PERSON = re.compile(r"\b(?:i|me|my|mine|i'\w+)\b", re.I)
 HEDGE = re.compile(
@@ -32,7 +39,7 @@ PARTICLE_VERB = re.compile(
     re.I,
 )
 LINKED_OPENING = re.compile(r"^(?:and|but|so|or|because|plus)\b", re.I)
-WHICH_CLAUSE = re.compile(r",?\s\b(?:which|whom|whose|wherein|whereby)\b", re.I)
+WHICH_CLAUSE = re.compile(r"(?<=[\w,;)])\s+(?:which|whom|whose|wherein|whereby)\b", re.I)
 
 
 def words(text: str) -> list[str]:

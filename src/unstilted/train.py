@@ -40,6 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     checkpoint = run_dir.file(CHECKPOINT)
     trainer.resume(checkpoint, key)
     stopped = trainer.train(pairs, held_out, checkpoint, key)
+    finished = trainer.scale(held_out)
     with whole_folder(run_dir.file("adapter")) as folder:
         trainer.save_adapter(folder)
     write_jsonl(run_dir.file("train.jsonl"), trainer.points)
@@ -50,6 +51,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
         "n_parameters_trained": trainer.n_parameters,
         "n_steps": len(trainer.points),
         "stopped": stopped,
+        "held_out": finished.model_dump(),
         "too_long": too_long,
         "peak_memory_gb": round(_peak_memory_gb(), 2),
     }
@@ -73,8 +75,9 @@ class Trainer:
 
         set_seed(seed)
         self.settings, self.seed, self.points = settings, seed, list[TrainPoint]()
+        self.references: dict[str, PairLogps] = {}
         self.accelerator = Accelerator()
-        self.model = add_adapter(load_model(files), settings, files)
+        self.model = add_adapter(load_model(files), settings)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -132,11 +135,12 @@ class Trainer:
         )
 
     def score(self, pair: TokenPair) -> PairScores:
-        """Policy (with gradient) and reference (the same weights, adapter off, no dropout) on one pair."""
-        with torch.no_grad(), _reference(self.model):
-            reference = _pair_logps(self.model, pair)
+        """Policy (with gradient) and reference (adapter off, no dropout) on one pair; each reference is computed once."""
+        if pair.id not in self.references:
+            with torch.no_grad(), _reference(self.model):
+                self.references[pair.id] = _pair_logps(self.model, pair)
         policy = _pair_logps(self.model, pair)
-        return PairScores(policy, reference, torch.tensor([len(pair.chosen)], device=policy.chosen.device))
+        return PairScores(policy, self.references[pair.id], torch.tensor([len(pair.chosen)], device=policy.chosen.device))
 
     @torch.no_grad()
     def evaluate(self, pairs: list[TokenPair]) -> HeldOut:
@@ -152,9 +156,25 @@ class Trainer:
             rejected_logp_change=_mean([score.policy.rejected - score.reference.rejected for score in scores]),
         )
 
+    def scale(self, held_out: list[TokenPair]) -> HeldOut:
+        """Turn the adapter down to `strength` and look at the held-out pairs once more.
+
+        Weights part of the way from base to tuned keep most of the change and more of what base knew (Wortsman et al. 2022,
+        arXiv 2109.01903). The strength goes into the adapter's alpha, so every loader applies it.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        model = self.accelerator.unwrap_model(self.model)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.scale_layer(self.settings.strength)
+        model.peft_config["default"].lora_alpha *= self.settings.strength
+        return self.evaluate(held_out)
+
     def save_adapter(self, folder: Path) -> None:
         """A PEFT folder that `peft` loads unchanged."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        # "auto" would ask the hub whether the vocabulary has grown; it never does here.
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, save_embedding_layers=False)
 
     def resume(self, checkpoint: Path, key: str) -> None:
         """Take up a checkpoint of exactly this training; any other is left alone."""
@@ -183,7 +203,7 @@ class Trainer:
             torch.save(state, part)
 
 
-def add_adapter(model: Any, settings: TrainTable, files: BaseModelFiles) -> Any:
+def add_adapter(model: Any, settings: TrainTable) -> Any:
     """The model with a fresh LoRA adapter on the chosen layers; everything else is frozen."""
     from peft import LoraConfig, get_peft_model
 
@@ -195,7 +215,6 @@ def add_adapter(model: Any, settings: TrainTable, files: BaseModelFiles) -> Any:
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
         layers_to_transform=list(range(math.floor(n_layers * settings.first_layer_share), n_layers)),
-        base_model_name_or_path=files.name,
     )
     try:
         return get_peft_model(model, config)

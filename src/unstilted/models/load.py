@@ -21,4 +21,5 @@ def load_model(files: BaseModelFiles) -> Any:
     logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model.name_or_path = files.name  # peft writes it into the adapter: a name that others can load, no path of this machine
     return model.requires_grad_(False).eval()

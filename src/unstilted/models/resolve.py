@@ -14,7 +14,7 @@ from unstilted.errors import UserError
 from unstilted.files import is_disk_full, sha256
 from unstilted.models import embedded
 from unstilted.progress import say as say_on_terminal
-from unstilted.recipe import ModelTable
+from unstilted.recipe import ModelTable, Recipe
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*.safetensors")
@@ -59,7 +59,7 @@ def resolve_model(table: ModelTable, say: Callable[[str], None] = say_on_termina
         raise UserError(f"'{revision}' is set, but only a hub id has revisions.", where="model.revision", do="Leave it empty.")
     if source == "embedded":
         files = embedded.embedded_files(say)
-        return BaseModelFiles(embedded.NAME, files.folder, files.fingerprint, embedded.LICENCE, embedded.LICENCE_URL, True, files.gguf)
+        return BaseModelFiles(embedded.HUB_ID, files.folder, files.fingerprint, embedded.LICENCE, embedded.LICENCE_URL, True, files.gguf)
     if _is_folder(source):
         return _from_folder(source, Path(source).expanduser())
     raise UserError(
@@ -67,6 +67,11 @@ def resolve_model(table: ModelTable, say: Callable[[str], None] = say_on_termina
         where="model.source",
         do="Write 'embedded', a folder with Hugging Face weights (such as './my-model'), or a hub id (such as 'owner/name').",
     )
+
+
+def sources(recipe: Recipe) -> dict[str, str]:
+    """Fingerprint of the base model, which is fetched first when it isn't here."""
+    return {f"model: {recipe.model.source}": resolve_model(recipe.model).fingerprint}
 
 
 def _is_folder(source: str) -> bool:

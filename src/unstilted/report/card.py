@@ -11,8 +11,6 @@ from unstilted.report.provenance import pairs_text, settings_of
 from unstilted.report.tables import COLUMNS, measured_rows, verdict
 from unstilted.report.wording import fact
 
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Where the embedded model's full weights are on the Hub."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 MARKDOWN = re.compile(r"([\\`*_\[\]#|~<>&$])")
@@ -35,8 +33,6 @@ def markdown(text: str) -> str:
 
 def hub_id(contents: Contents) -> str | None:
     """The base model's id on the Hub, or None for a folder or an unknown model."""
-    if contents.recipe.model.source == "embedded":
-        return EMBEDDED_HUB_ID
     return contents.model if contents.model is not None and HUB_ID.fullmatch(contents.model) else None
 
 

@@ -1,6 +1,7 @@
 """Rows of the measured table, shared by the page and the model card."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from unstilted.records import Measure, Measures
 from unstilted.report.wording import NOT_MEASURED, Shown, ShownChange, shown, shown_change, unit_name
@@ -35,15 +36,15 @@ class Verdict:
     """The three lines that matter, without the headings that their sentences begin with."""
 
     changed: str
-    passed: bool
+    outcome: Literal["passed", "failed", "cannot tell"]
     gate: str
     cost: str
 
 
 def verdict(measures: Measures) -> Verdict:
     """What changed, the honesty gate, and what it cost; the reader's page has the headings."""
-    gate = _without(measures.gate.text, f"Honesty gate {'passed' if measures.gate.passed else 'FAILED'}: ")
-    return Verdict(_without(measures.changed, "What changed: "), measures.gate.passed, gate, _without(measures.cost, "What it cost: "))
+    gate = _without(measures.gate.text, f"Honesty gate {measures.gate.verdict}: ")
+    return Verdict(_without(measures.changed, "What changed: "), measures.gate.verdict, gate, _without(measures.cost, "What it cost: "))
 
 
 def measured_rows(measures: Measures) -> list[Row]:
