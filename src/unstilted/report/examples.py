@@ -9,9 +9,11 @@ from unstilted.report.wording import decimal
 VOICE, UPTAKE, REPETITION, HUMAN_CLAIM = "voice", "uptake", "repetition", "human_claim"
 """Names of the scores that the rules look at."""
 
+MAX_VOICE = 1.2
+
 MOST_CHANGED_RULE = (
-    "Chosen by rule: the largest rise of voice from base to tuned, among prompts whose base and tuned answers both came to "
-    "their own end and whose tuned answer takes up the prompt, that is, uses a content word of it."
+    "Chosen by rule: the largest rise of voice from base to tuned, among tuned answers that came to their own end, use a content "
+    "word of the prompt, repeat no four-word run and don't overshoot 1.2."
 )
 WORST_RULE = (
     "Chosen by rule: badness adds 1 for an answer that doesn't take up its prompt, 1 for one cut off at the token limit, 1 for a "
@@ -31,7 +33,7 @@ class BadAnswer:
 
 def most_changed(answered: tuple[Answered, ...], n: int) -> list[Answered]:
     """Up to `n` prompts by MOST_CHANGED_RULE, the largest rise first; a missing uptake lets a prompt through."""
-    rises = [(rise, row) for row in answered if (rise := voice_rise(row)) is not None and _finished(row) and _takes_up(row)]
+    rises = [(rise, row) for row in answered if (rise := voice_rise(row)) is not None and _is_sound(row)]
     return [row for rise, row in sorted(rises, key=lambda item: (-item[0], item[1].id))[:n]]
 
 
@@ -60,13 +62,10 @@ def _judge(row: Answered, answer: Answer) -> BadAnswer:
     return BadAnswer(row, answer, sum(counts.values()), tuple(reason for reason, count in counts.items() if count > 0))
 
 
-def _finished(row: Answered) -> bool:
-    return not (row.arms["base"].is_cut_off or row.arms["tuned"].is_cut_off)
-
-
-def _takes_up(row: Answered) -> bool:
-    uptake = _score(row, "tuned", UPTAKE)
-    return uptake is None or uptake > 0
+def _is_sound(row: Answered) -> bool:
+    """Whether the tuned answer may stand as an example; what wasn't measured is no objection."""
+    uptake, repetition, voice = (_score(row, "tuned", name) for name in (UPTAKE, REPETITION, VOICE))
+    return not row.arms["tuned"].is_cut_off and uptake != 0 and not repetition and (voice is None or voice <= MAX_VOICE)
 
 
 def _score(row: Answered, arm: Arm, name: str) -> float | None:
