@@ -163,3 +163,30 @@ def test_training_stops_at_the_margin_or_when_chosen_answers_get_unlikely() -> N
     assert stop_reason(fine, table) == ""
     assert stop_reason(fine.model_copy(update={"margin": 2.0}), table) == "held-out margin 2.00 reached train.stop_margin 2"
     assert "chosen answers lost 3.5 nats" in stop_reason(fine.model_copy(update={"chosen_logp_change": -3.5}), table)
+
+
+def test_strength_goes_into_the_saved_adapter_and_into_the_last_look(tiny_files: BaseModelFiles, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    trainer = trained(tiny_files, tmp_path, settings(strength=0.25, n_epochs=2))
+    before = trainer.evaluate(PAIRS[:2])
+    after = trainer.scale(PAIRS[:2])
+    assert 0 < after.margin < before.margin
+    trainer.save_adapter(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model().float(), tmp_path / "adapter")
+
+    by_hand = trained(tiny_files, tmp_path, settings(n_epochs=2))
+    with torch.no_grad():
+        for name, parameter in by_hand.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.25)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(loaded(ids).logits, by_hand.model.eval()(ids).logits)
+
+
+def test_each_reference_is_computed_once_and_stays_what_it_was(tiny_files: BaseModelFiles, tmp_path: Path) -> None:
+    trainer = trained(tiny_files, tmp_path, settings())
+    kept = trainer.references["p0"]
+    fresh = Trainer(settings(), 0, tiny_files).score(PAIRS[0])
+    assert kept.chosen.item() == fresh.policy.chosen.item()
+    assert set(trainer.references) == {pair.id for pair in PAIRS}

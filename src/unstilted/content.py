@@ -25,6 +25,7 @@ HUMAN_CLAIM = _any_of(
     rf"\bi(?:'ve| have) (?:got )?(?:a|two|three) (?:{KIN})s?\b",
     r"\b(?:when|since) i was (?:(?:a|in) (?!training|testing|beta|smaller|model|version)|little|young|growing|\d)",
     r"\bas a (?:kid|child|teenager),? (?:i|my)\b|\bi (?:\w+ ){1,6}as a (?:kid|child|teenager)\b",
+    r"\bas a (?:fellow )?(?:human|person)(?: being)?, (?:i|my)\b",
     r"\bi grew up\b|\bi was (?:born|raised)\b",
     r"\bi used to (?:be|have|live|love|hate|work|play|go|do|get|eat|drink|own|watch|spend)\b",
     r"\bi remember (?:when (?:i|we|my)|being|going|the (?:first|last) time)\b",

@@ -89,7 +89,7 @@ class TrainTable(Table):
     """`refuse` stops at pairs over `max_tokens` and lists them; `drop` lists them and goes on without."""
     eval_every: Annotated[int, Field(ge=1)] = 5
     """Optimizer steps between looks at the held-out pairs; each look also saves a checkpoint."""
-    strength: Annotated[float, Field(gt=0, le=1)] = 0.38
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.43
     """How much of what was learnt the finished adapter applies: 1 is all; less keeps more of the base's fluency and facts."""
     stop_margin: Annotated[float, Field(gt=0)] = 5.0
     """Stop once the held-out margin (nats, times beta) gets here: past it the pairs are told apart and only damage grows."""
