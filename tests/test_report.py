@@ -637,3 +637,13 @@ def test_picture_is_well_formed_and_shows_both_answers_inside_its_frame(finished
         assert 0 < float(element.get("y", "")) < height - 10
         if element.get("text-anchor") == "start":
             assert float(element.get("x", "")) + text_width(element.text or "", float(element.get("font-size", ""))) < width
+
+
+def test_the_picture_can_be_chosen_by_the_prompts_id(small_run: RunDir) -> None:
+    rows = [json.loads(line) for line in small_run.file("responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    wanted = next(row for row in rows if row["arm"] == "tuned")
+    run(Recipe(report=ReportTable(picture=wanted["id"])), small_run)
+    shown_text = "".join(ElementTree.fromstring(small_run.file("before_after.svg").read_text(encoding="utf-8")).itertext())
+    assert wanted["prompt"].split()[0] in shown_text
+    with pytest.raises(UserError, match=r"report.picture: no prompt has the id 'nobody'"):
+        run(Recipe(report=ReportTable(picture="nobody")), small_run)

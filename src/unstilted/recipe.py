@@ -138,6 +138,8 @@ class ReportTable(Table):
     """Heading of the report and of the model card."""
     n_examples: Annotated[int, Field(ge=1)] = 8
     """Most changed answers shown side by side."""
+    picture: str = ""
+    """Id of the prompt in `before_after.svg`; empty takes the most changed one that fits."""
 
 
 class Recipe(Table):

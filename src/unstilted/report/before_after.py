@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from unstilted.errors import UserError
 from unstilted.records import Arm
 from unstilted.report.contents import Answer, Answered, Contents
 from unstilted.report.examples import VOICE, most_changed
@@ -38,13 +39,23 @@ class Lettered:
 
 def draw_before_after(contents: Contents) -> str:
     """The picture as SVG text; says 'not measured' when no prompt has an answer of both arms that may be shown."""
-    rows = [row for row in most_changed(contents.answered, len(contents.answered)) if _can_be_shown(row)]
+    rows = [row for row in _candidates(contents) if _can_be_shown(row)]
     if not rows:
         return _nothing()
     row = next((row for row in rows if _fits(row)), rows[0])
     prompt = clip(wrap(one_line(row.prompt), WIDTH - 2 * PADDING, 20), 3)
     answers = [_lettered(arm, row.arms[arm]) for arm in NAMES]
     return _draw(prompt, answers)
+
+
+def _candidates(contents: Contents) -> list[Answered]:
+    wanted = contents.recipe.report.picture
+    if not wanted:
+        return most_changed(contents.answered, len(contents.answered))
+    rows = [row for row in contents.answered if row.id == wanted]
+    if not rows:
+        raise UserError(f"no prompt has the id '{wanted}'.", where="report.picture", do="Take one from responses.jsonl.")
+    return rows
 
 
 def _can_be_shown(row: Answered) -> bool:
