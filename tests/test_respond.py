@@ -105,9 +105,9 @@ def test_fewer_prompts_are_chosen_by_the_seed_and_keep_their_order() -> None:
 
 
 def test_the_fingerprint_follows_the_contents_of_the_prompts_file(tmp_path: Path) -> None:
-    before = sources(recipe_for(prompts_file(tmp_path, '{"prompt": "a"}')))
-    assert sources(recipe_for(prompts_file(tmp_path, '{"prompt": "a"}'))) == before
-    after = sources(recipe_for(prompts_file(tmp_path, '{"prompt": "b"}')))
+    before = sources(recipe_for(prompts_file(tmp_path, '{"prompt": "a"}', '{"prompt": "c"}')))
+    assert sources(recipe_for(prompts_file(tmp_path, '{"prompt": "a"}', '{"prompt": "c"}'))) == before
+    after = sources(recipe_for(prompts_file(tmp_path, '{"prompt": "b"}', '{"prompt": "c"}')))
     assert before.keys() == after.keys()
     assert before != after
 
@@ -289,3 +289,16 @@ def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
     with Journal(file).writing() as journal:
         journal.add(response("b", "two"))
     assert [row.text for row in Journal(file).rows.values()] == ["one", "two"]
+
+
+def test_a_single_prompt_is_refused_before_anything_long(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"respond.n_prompts: one answer has no interval. Answer at least 2 prompts."):
+        sources(recipe_for(prompts_file(tmp_path, '{"prompt": "a"}')))
+
+
+def test_a_damaged_line_in_the_journal_costs_that_answer_only(tmp_path: Path) -> None:
+    row = '{"id":"a","arm":"base","prompt":"hi","text":"yo","n_tokens":1,"finish_reason":"stop","seed":1}'
+    journal = tmp_path / "base-key.jsonl"
+    other = row.replace('"a"', '"b"', 1)
+    journal.write_text("\n".join([row, "{garbage", other, ""]), encoding="utf-8")
+    assert set(Journal(journal).rows) == {"a", "b"}

@@ -250,3 +250,11 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path)
 def test_the_machine_is_told_in_one_line_with_its_cores() -> None:
     assert "\n" not in machine()
     assert f", {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, Python 3." in machine()
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "pairs.jsonl"
+    mine.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="this folder holds other files, which a run could overwrite"), open_run(tmp_path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -190,3 +190,12 @@ def test_each_reference_is_computed_once_and_stays_what_it_was(tiny_files: BaseM
     fresh = Trainer(settings(), 0, tiny_files).score(PAIRS[0])
     assert kept.chosen.item() == fresh.policy.chosen.item()
     assert set(trainer.references) == {pair.id for pair in PAIRS}
+
+
+def test_a_damaged_checkpoint_means_starting_anew(tiny_files: BaseModelFiles, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pt"
+    for content in (b"garbage", b""):
+        damaged.write_bytes(content)
+        trainer = Trainer(settings(), 0, tiny_files)
+        trainer.resume(damaged, "key")
+        assert trainer.points == []

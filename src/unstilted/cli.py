@@ -112,6 +112,8 @@ def _base_recipe(words: list[str]) -> Recipe:
     if words[0] == "run":
         return load_recipe(Path(words[1]))
     if words[0] in STAGE_COMMANDS:
+        if not (Path(words[1]) / "recipe.toml").is_file():
+            raise UserError("this is no run folder.", where=words[1], do="`unstilted run --out FOLDER` makes one.")
         return load_recipe(Path(words[1]) / "recipe.toml")
     return Recipe()
 

@@ -1,5 +1,6 @@
 """The whole way: which stages there are, what each reads and writes, and how a run walks them."""
 
+import hashlib
 import os
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 from unstilted.errors import UserError
 from unstilted.files import write_text
 from unstilted.progress import say
-from unstilted.recipe import Recipe, recipe_toml
+from unstilted.recipe import Recipe, load_recipe, recipe_toml
 from unstilted.rundir import RunDir, StageEntry, StageWork, open_run
 
 
@@ -24,6 +25,8 @@ class Stage:
     """Recipe tables that it depends on, besides the seed."""
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    shows_manifest: bool = False
+    """Whether it prints what the manifest says of the other stages, and so is done again when that changes."""
     sources: tuple[str, ...] = ()
     """`module:function`s that take the recipe and give fingerprints of what the stage reads from outside the run folder."""
 
@@ -42,15 +45,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("pairs", ("pairs",), (), ("pairs.jsonl", "held_out.jsonl", "dropped.jsonl"), ("pairs:sources",)),
-    Stage("train", ("model", "train"), ("pairs.jsonl", "held_out.jsonl"), ("adapter", "train.jsonl"), ("models.resolve:sources",)),
-    Stage("respond", ("model", "respond"), ("adapter",), ("responses.jsonl",), ("models.resolve:sources", "respond:sources")),
+    Stage("pairs", ("pairs",), (), ("pairs.jsonl", "held_out.jsonl", "dropped.jsonl"), sources=("pairs:sources",)),
+    Stage("train", ("model", "train"), ("pairs.jsonl", "held_out.jsonl"), ("adapter", "train.jsonl"), sources=("models.resolve:sources",)),
+    Stage("respond", ("model", "respond"), ("adapter",), ("responses.jsonl",), sources=("models.resolve:sources", "respond:sources")),
     Stage("measure", ("measure",), ("responses.jsonl",), ("measures.json", "scores.jsonl")),
     Stage(
         "report",
         ("report",),
         ("measures.json", "scores.jsonl", "responses.jsonl", "train.jsonl", "pairs.jsonl"),
         ("report.html", "README.md", "before_after.svg"),
+        shows_manifest=True,
     ),
 )
 
@@ -79,11 +83,14 @@ def run_pipeline(recipe: Recipe, path: Path, redo: str = "") -> dict[str, StageE
 
 
 def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
-    """Do one stage of a run folder, whether or not it is done already."""
+    """Do one stage of a run folder, whether or not it is done already; the folder's recipe takes over that stage's tables only."""
     _settle_libraries()
+    stage = stage_named(name)
     with open_run(path) as run_dir:
-        write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
-        _do(stage_named(name), recipe, run_dir, must=True)
+        _do(stage, recipe, run_dir, must=True)
+        kept = load_recipe(run_dir.file("recipe.toml")) if run_dir.file("recipe.toml").exists() else recipe
+        changed = {table: getattr(recipe, table) for table in ("seed", *stage.tables)}
+        write_text(run_dir.file("recipe.toml"), recipe_toml(kept.model_copy(update=changed)))
         return run_dir.manifest()[name]
 
 
@@ -107,7 +114,7 @@ def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
         settings={"seed": recipe.seed} | {name: getattr(recipe, name).model_dump(mode="json") for name in stage.tables},
         reads=stage.reads,
         writes=stage.writes,
-        sources=stage.fingerprints(recipe),
+        sources=stage.fingerprints(recipe) | (_others(stage, run_dir) if stage.shows_manifest else {}),
         work=lambda: stage.run(recipe, run_dir),
     )
     if not must and run_dir.is_done(work):
@@ -117,6 +124,12 @@ def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
     say(f"{stage.name:<8} ...")
     run_dir.do(work)
     say(f"{stage.name:<8} done in {time.monotonic() - start:.0f} s")
+
+
+def _others(stage: Stage, run_dir: RunDir) -> dict[str, str]:
+    """The manifest's entries of all other stages as one fingerprint."""
+    entries = [entry.model_dump_json() for name, entry in run_dir.manifest().items() if name != stage.name]
+    return {"manifest": hashlib.sha256("\n".join(entries).encode()).hexdigest()}
 
 
 def _settle_libraries() -> None:

@@ -110,6 +110,8 @@ class RespondTable(Table):
     """Randomness of sampling; 0 always takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Sample from the likeliest tokens that together hold this probability."""
+    top_k: Annotated[int, Field(ge=1)] = 40
+    """Sample from only this many of the likeliest tokens."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 112
     """Longest answer in tokens; longer ones are cut off and counted as such."""
     system_prompt: str = STYLE_PROMPT

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from pydantic import ValidationError
 
 from unstilted.engines import Engine, Request, Sampling
 from unstilted.errors import UserError
@@ -45,7 +47,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
 
 def sources(recipe: Recipe) -> dict[str, str]:
     """Fingerprint of the prompts, which come from outside the run folder; raises UserError as `held_out_prompts` does."""
-    held_out_prompts(recipe)
+    if len(held_out_prompts(recipe)) < 2:
+        raise UserError("one answer has no interval.", where="respond.n_prompts", do="Answer at least 2 prompts.")
     with _prompts_file(recipe.respond) as file:
         return {f"prompts: {recipe.respond.prompts}": sha256(file)}
 
@@ -92,8 +95,9 @@ class Journal:
             content = path.read_bytes()
             whole = content.rfind(b"\n") + 1
             for line in content[:whole].splitlines():
-                response = Response.model_validate_json(line)
-                self.rows[response.id] = response
+                with suppress(ValidationError):  # a damaged line costs one answer, which is written again
+                    response = Response.model_validate_json(line)
+                    self.rows[response.id] = response
             if whole < len(content):
                 os.truncate(path, whole)
 
@@ -114,7 +118,7 @@ class Journal:
 def _answer(
     arm: Arm, engine: Engine, requests: Sequence[Request], settings: RespondTable, prompts: dict[str, Prompt], journal: Journal
 ) -> None:
-    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.top_k)
     seeds = {request.key: request.seed for request in requests}
     with bar("answers") as progress, journal.writing():
         task = progress.add_task(f"{arm:<9}", total=len(requests))
@@ -148,7 +152,7 @@ def _key(arm: Arm, settings: RespondTable, requests: Sequence[Request], model: B
     """Everything that an arm's answers depend on, and nothing else: a new adapter leaves the base's answers as they are."""
     engine = engine_name(settings, model)
     library = version("xllamacpp" if engine == "embedded" else "transformers")
-    parts: list[Any] = [engine, library, model.fingerprint, settings.temperature, settings.top_p, settings.max_new_tokens]
+    parts: list[Any] = [engine, library, model.fingerprint, settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens]
     parts.append([(request.key, request.tokens, request.seed) for request in requests])
     if arm == "tuned":
         parts += [sha256(adapter), settings.adapter_strength]

@@ -23,6 +23,10 @@ from unstilted.records import Record
 LIBRARIES = ("unstilted", "torch", "transformers", "peft", "accelerate", "xllamacpp", "gguf", "numpy", "scikit-learn")
 
 
+OWN_FILES = (".lock", "recipe.toml", "manifest.json")
+"""What tells a run folder from any other; every run writes the first of them before anything else."""
+
+
 class StageEntry(Record):
     """What the manifest says of a finished stage; its presence means that the stage's files are whole."""
 
@@ -136,6 +140,8 @@ def open_run(path: Path) -> Iterator[RunDir]:
     """
     if path.exists() and not path.is_dir():
         raise UserError("this is a file, not a folder.", where=str(path), do="Choose another folder.")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in OWN_FILES):
+        raise UserError("this folder holds other files, which a run could overwrite.", where=str(path), do="Choose a new folder.")
     lock = FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -180,7 +181,11 @@ class Trainer:
         """Take up a checkpoint of exactly this training; any other is left alone."""
         if not checkpoint.exists():
             return
-        state = torch.load(checkpoint, weights_only=True)
+        try:
+            state = torch.load(checkpoint, weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError):
+            say("The checkpoint of an earlier training is damaged; starting anew.")
+            return
         if state["key"] != key:
             return
         with torch.no_grad():

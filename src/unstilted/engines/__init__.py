@@ -17,11 +17,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 takes the likeliest; top_p keeps the likeliest tokens that hold this probability."""
+    """How tokens are drawn: temperature 0 takes the likeliest; of the top_k likeliest, those that hold top_p are kept."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int = 40
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """llama.cpp in this process: one single-threaded server a core, each with its own slots.
 
 Two threads in one server wait for each other after every matrix product; two servers of one thread don't, which is as fast on
-idle cores and much faster on busy ones. The prompt cache is off: it is not keyed by adapter, and which slot has which beginning
-cached depends on timing, which changed 18 of 384 answers from one run to the next.
+idle cores and much faster on busy ones. An engine holds one adapter at one strength for its whole life: llama.cpp's prompt cache
+is not keyed by adapter, so changing the strength of a live server would reuse keys and values of another model.
 """
 
 import os
@@ -14,8 +14,9 @@ from typing import Any
 from unstilted.engines import Generated, Request, Sampling
 from unstilted.errors import UserError
 
-TOP_K = 40
-"""Sampling looks at this many likeliest tokens; sorting the whole vocabulary would cost a tenth of the time."""
+UBATCH = 32
+"""Tokens of one prompt computed at once. From 64 on llama.cpp's attention takes another path, so that answers would depend on which
+tokens of which requests happened to meet."""
 
 
 class EmbeddedEngine:
@@ -48,7 +49,8 @@ def _server(gguf: Path, adapter: Path | None, n_slots: int, n_context: int) -> A
     params.model.path = str(gguf)
     params.n_parallel, params.n_ctx = n_slots, n_slots * n_context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_prompt, params.cache_ram_mib, params.n_cache_reuse = False, 0, 0
+    params.slot_prompt_similarity, params.cache_ram_mib, params.n_cache_reuse = 0.0, 0, 0
+    params.n_ubatch = UBATCH
     params.warmup, params.verbosity = False, -1
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
@@ -62,10 +64,10 @@ def _complete(server: Any, request: Request, sampling: Sampling) -> Generated:
             "n_predict": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": TOP_K,
+            "top_k": sampling.top_k,
             "min_p": 0.0,
             "seed": request.seed,
-            "cache_prompt": False,
+            "cache_prompt": True,  # the template's beginning is the same in every request
         }
     )
     if "choices" not in answer:

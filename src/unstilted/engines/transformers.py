@@ -61,10 +61,11 @@ class TransformersEngine:
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from logits of shape (V,): the likeliest at temperature 0, else from the smallest set that holds top_p."""
+    """One token from logits of shape (V,): the likeliest at temperature 0, else from those of the top_k that hold top_p."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    kept, tokens = logits.topk(min(sampling.top_k, len(logits)))
+    probabilities = (kept / sampling.temperature).softmax(-1)
     outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
     return int(tokens[torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)])
 

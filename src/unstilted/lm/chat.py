@@ -74,6 +74,14 @@ class ChatTokens:
         )
 
     def _text(self, messages: Sequence[Message], *, waiting: bool) -> str:
+        for message in messages:
+            forged = next((token for token in self.tokenizer.all_special_tokens if token in message.content), None)
+            if forged is not None:
+                raise UserError(
+                    f"a message holds the model's special token {forged!r}: {message.content[:60]!r}.",
+                    where=self.name,
+                    do="Take it out of the text; it would end or forge a turn.",
+                )
         rows = [message.model_dump() for message in messages]
         return str(self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=waiting))
 

@@ -33,7 +33,7 @@ def wilson(n_hits: int, n_items: int, confidence: float) -> Estimate:
     share = n_hits / n_items
     centre = (share + z**2 / (2 * n_items)) / (1 + z**2 / n_items)
     half = z / (1 + z**2 / n_items) * np.sqrt(share * (1 - share) / n_items + z**2 / (4 * n_items**2))
-    return Estimate(mean=share, low=max(0.0, float(centre - half)), high=min(1.0, float(centre + half)))
+    return Estimate(mean=share, low=min(share, max(0.0, float(centre - half))), high=max(share, min(1.0, float(centre + half))))
 
 
 def paired_share_difference(after: Floats, before: Floats, confidence: float) -> Estimate:
@@ -46,4 +46,5 @@ def paired_share_difference(after: Floats, before: Floats, confidence: float) ->
     lost = (float(((after == 0) & (before == 1)).sum()) + 1) / (n_items + 2)
     half = z * np.sqrt((gained + lost - (gained - lost) ** 2) / (n_items + 2))
     centre = gained - lost
-    return Estimate(mean=float(after.mean() - before.mean()), low=max(-1.0, float(centre - half)), high=min(1.0, float(centre + half)))
+    mean = float(after.mean() - before.mean())
+    return Estimate(mean=mean, low=min(mean, max(-1.0, float(centre - half))), high=max(mean, min(1.0, float(centre + half))))
