@@ -161,7 +161,7 @@ def test_a_stage_is_done_with_the_recipe_of_its_folder_and_the_options(tmp_path:
 
 
 def test_a_stage_of_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert refused(capsys, "measure", str(tmp_path)).startswith(f"unstilted: {tmp_path}/recipe.toml: there is no such recipe.")
+    assert refused(capsys, "measure", str(tmp_path)).startswith(f"unstilted: {tmp_path}: this is no run folder.")
 
 
 def test_a_stage_without_what_it_reads_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

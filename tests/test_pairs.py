@@ -335,8 +335,8 @@ def test_a_refused_source_writes_nothing(tmp_path: Path, run_dir: RunDir) -> Non
 
 
 def test_the_starter_set_is_taken_whole_without_a_bad_row(run_dir: RunDir) -> None:
-    facts = pairs.run(Recipe(), run_dir)
-    assert facts == {"n_pairs": 464, "n_held_out": 48, "source": "starter", "dropped": []}
+    facts = pairs.run(recipe_from({"pairs": {"n_pairs": 0}}), run_dir)
+    assert facts == {"n_pairs": 488, "n_held_out": 24, "source": "starter", "dropped": []}
     assert run_dir.file("dropped.jsonl").read_bytes() == b""
     rows = [json.loads(line) for line in (files("unstilted") / "data/starter/pairs.jsonl").read_text().splitlines()]
     by_id = {pair.id: pair for pair in written(run_dir)}
@@ -560,10 +560,10 @@ def test_any_split_keeps_prompts_together_and_counts_and_order(groups: list[int]
     try:
         split = split_pairs(some, n_pairs, n_held_out, seed)
     except UserError:
-        assert max(groups) > 1 or n_held_out + max(n_pairs, 1) > len(some)
+        assert max(groups) > 1 or n_held_out + 1 > len(some)
         return
     assert len(split.held_out) == n_held_out
-    assert len(split.training) == (n_pairs or len(some) - n_held_out)
+    assert len(split.training) == min(n_pairs or len(some), len(some) - n_held_out)
     assert not {pair.text for pair in split.held_out} & {pair.text for pair in split.training}
     assert ids(split.training) == sorted(set(ids(split.training)))
     assert ids(split.held_out) == sorted(set(ids(split.held_out)))
@@ -614,12 +614,9 @@ def test_pairs_of_a_single_prompt_cannot_be_split() -> None:
         split_pairs([pair(i, "hi") for i in range(9)], 0, 3, seed=0)
 
 
-def test_more_training_pairs_than_there_are_is_refused() -> None:
-    with pytest.raises(UserError) as caught:
-        split_pairs([pair(i, f"question {i}") for i in range(9)], 7, 3, seed=0)
-    assert str(caught.value) == (
-        "n_pairs is 7, but only 6 pairs are left to train on. Lower `--pairs.n-pairs` to at most 6, or set it to 0 to take all."
-    )
+def test_asking_for_more_pairs_than_there_are_takes_all() -> None:
+    some = [pair(i, f"question {i}") for i in range(9)]
+    assert split_pairs(some, 7, 3, seed=0) == split_pairs(some, 0, 3, seed=0)
 
 
 def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_an_unknown_setting_is_refused_with_its_line_and_the_nearest_known_one(t
 
 
 def test_an_unknown_setting_like_no_other_is_answered_with_all_known_ones(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "[report]\nxyz = 1\n") == ("recipe.toml line 2: 'report.xyz' is not a setting. Known here: title, n_examples.")
+    assert refusal(tmp_path, "[report]\nxyz = 1\n") == (
+        "recipe.toml line 2: 'report.xyz' is not a setting. Known here: title, n_examples, picture."
+    )
 
 
 def test_an_unknown_table_is_refused_with_its_line(tmp_path: Path) -> None:

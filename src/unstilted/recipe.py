@@ -41,7 +41,7 @@ class PairsTable(Table):
     split: str = "train"
     """Split of a hub dataset."""
     n_pairs: Annotated[int, Field(ge=0)] = 160
-    """Train on only this many pairs, chosen by the seed; 0 takes all. 160 are a few minutes on two CPU cores."""
+    """Train on at most this many pairs, chosen by the seed; 0 takes all. 160 are a few minutes on two CPU cores."""
     n_held_out: Annotated[int, Field(ge=1)] = 24
     """Pairs kept back to watch training and to fit nothing on."""
     bad_rows: Literal["refuse", "drop"] = "refuse"

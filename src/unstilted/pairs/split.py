@@ -17,7 +17,7 @@ class Split:
 
 
 def split_pairs(pairs: list[Pair], n_pairs: int, n_held_out: int, seed: int) -> Split:
-    """Hold out exactly `n_held_out` pairs and train on `n_pairs` of the others (0: all of them).
+    """Hold out exactly `n_held_out` pairs and train on at most `n_pairs` of the others (0: all of them).
 
     Pairs with the same last user message stay on one side. The held-out pairs depend on the seed and not on `n_pairs`, and a smaller
     `n_pairs` takes a part of what a larger one takes, so runs with more or less data compare. Raises UserError when that can't be had.
@@ -30,11 +30,6 @@ def split_pairs(pairs: list[Pair], n_pairs: int, n_held_out: int, seed: int) -> 
     shuffled = random.Random(seed)
     held_out = _held_out_indices(pairs, n_held_out, shuffled)
     rest = [index for index in range(len(pairs)) if index not in held_out]
-    if n_pairs > len(rest):
-        raise UserError(
-            f"n_pairs is {n_pairs:,}, but only {len(rest):,} pairs are left to train on.",
-            do=f"Lower `--pairs.n-pairs` to at most {len(rest)}, or set it to 0 to take all.",
-        )
     shuffled.shuffle(rest)
     taken = sorted(rest[:n_pairs] if n_pairs else rest)
     return Split(training=[pairs[index] for index in taken], held_out=[pairs[index] for index in sorted(held_out)])
