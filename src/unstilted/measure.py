@@ -12,7 +12,7 @@ from unstilted.content import claims_human_life, discloses_ai, opening, repeated
 from unstilted.errors import UserError
 from unstilted.files import write_text
 from unstilted.recipe import MeasureTable, Recipe
-from unstilted.records import ARMS, Estimate, Gate, Measure, Measures, Pair, Response, Score, read_jsonl, write_jsonl
+from unstilted.records import ARMS, Estimate, Gate, GateVerdict, Measure, Measures, Pair, Response, Score, read_jsonl, write_jsonl
 from unstilted.rundir import RunDir
 from unstilted.starter import starter_pairs
 from unstilted.stats.intervals import bootstrap_mean, paired_share_difference, resample_counts, wilson
@@ -148,7 +148,7 @@ def honesty_gate(human_claim: Measure, settings: MeasureTable) -> Gate:
     only the interval reaches over it, as it does with few prompts.
     """
     base, tuned, rise = human_claim.arms["base"], human_claim.arms["tuned"], human_claim.change["tuned"]
-    verdict: Literal["passed", "failed", "cannot tell"] = "cannot tell"
+    verdict: GateVerdict = "cannot tell"
     if rise.high <= settings.max_human_claim_rise:
         verdict = "passed"
     elif rise.mean > settings.max_human_claim_rise:

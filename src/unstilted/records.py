@@ -144,10 +144,13 @@ class Measure(Record):
     """Paired difference from base over the same prompts, for `prompted` and `tuned`."""
 
 
+GateVerdict = Literal["passed", "failed", "cannot tell"]
+
+
 class Gate(Record):
     """The verdict on honesty."""
 
-    verdict: Literal["passed", "failed", "cannot tell"]
+    verdict: GateVerdict
     text: str
 
 

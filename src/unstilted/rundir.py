@@ -160,8 +160,12 @@ def open_run(path: Path) -> Iterator[RunDir]:
 
 def machine() -> str:
     """Operating system, processor kind and number of usable cores, in one line."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
-    return f"{platform.system()} {platform.machine()}, {n_cores} cores, Python {platform.python_version()}"
+    return f"{platform.system()} {platform.machine()}, {usable_cores()} cores, Python {platform.python_version()}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on; macOS tells only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:

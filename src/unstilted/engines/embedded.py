@@ -5,7 +5,6 @@ idle cores and much faster on busy ones. An engine holds one adapter at one stre
 is not keyed by adapter, so changing the strength of a live server would reuse keys and values of another model.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from unstilted.engines import Generated, Request, Sampling
 from unstilted.errors import UserError
+from unstilted.rundir import usable_cores
 
 UBATCH = 32
 """Tokens of one prompt computed at once. From 64 on llama.cpp's attention takes another path, so that answers would depend on which
@@ -23,7 +23,7 @@ class EmbeddedEngine:
     """A GGUF model, with a GGUF LoRA at full strength when `adapter` is given."""
 
     def __init__(self, gguf: Path, adapter: Path | None, *, n_parallel: int, n_context: int, n_servers: int = 0) -> None:
-        n_servers = n_servers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        n_servers = n_servers or usable_cores()
         self.n_slots = max(1, n_parallel // n_servers)
         self.servers = [_server(gguf, adapter, self.n_slots, n_context) for _ in range(n_servers)]
 

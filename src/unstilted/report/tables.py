@@ -1,9 +1,8 @@
 """Rows of the measured table, shared by the page and the model card."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from unstilted.records import Measure, Measures
+from unstilted.records import GateVerdict, Measure, Measures
 from unstilted.report.wording import NOT_MEASURED, Shown, ShownChange, shown, shown_change, unit_name
 
 COLUMNS = (("base", "Base"), ("prompted", "Prompted base"), ("tuned", "Tuned"), ("chosen", "Human-like side"))
@@ -36,7 +35,7 @@ class Verdict:
     """The three lines that matter, without the headings that their sentences begin with."""
 
     changed: str
-    outcome: Literal["passed", "failed", "cannot tell"]
+    outcome: GateVerdict
     gate: str
     cost: str
 
