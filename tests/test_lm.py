@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, plain_token_logps, tiny_model
 from unstilted.errors import UserError
 from unstilted.lm.chat import ChatTokens
-from unstilted.lm.score import shares_prompt, token_logps
+from unstilted.lm.score import Scorer, token_logps
+from unstilted.lm.tree import Request, Tree
 from unstilted.models.load import load_tokenizer
 from unstilted.models.resolve import BaseModelFiles
 from unstilted.records import Message
@@ -42,14 +43,14 @@ def test_gradients_of_the_shared_row_are_those_of_plain_forwards() -> None:
         assert (one - other).norm() <= 1e-9 * other.norm()
 
 
-def test_a_sliding_window_keeps_continuations_apart() -> None:
-    assert not shares_prompt(CONFIGS["mistral with a sliding window"])
-    assert shares_prompt(CONFIGS["llama"])
-    assert shares_prompt(CONFIGS["qwen2"])
+def test_conversations_longer_than_the_attention_window_are_scored_one_by_one() -> None:
+    scorer = Scorer(MODELS["mistral with a sliding window"], by_hand=False)
+    assert scorer.runs_as_one(Tree((Request([5, 6, 7], ([8, 9], [10])),)))
+    assert not scorer.runs_as_one(Tree((Request([5, 6, 7, 8, 9, 10, 11], ([8, 9], [10])),)))
 
 
-@pytest.mark.parametrize(("prompt", "continuations"), [([], [[1]]), ([1], [[2], []])])
-def test_an_empty_prompt_or_continuation_is_refused(prompt: list[int], continuations: list[list[int]]) -> None:
+@pytest.mark.parametrize(("prompt", "continuations"), [([1], []), ([1], [[2], []])])
+def test_no_continuation_or_an_empty_one_is_refused(prompt: list[int], continuations: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         token_logps(MODELS["llama"], prompt, continuations)
 

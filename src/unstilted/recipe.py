@@ -17,6 +17,8 @@ STYLE_PROMPT = (
     "Never pretend to be human."
 )
 
+LossName = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
+
 
 class Table(BaseModel):
     """A table of the recipe. Every field says what it does and in which unit."""
@@ -49,12 +51,19 @@ class PairsTable(Table):
 
 
 class TrainTable(Table):
-    """Direct Preference Optimization with LoRA."""
+    """Preference optimization of an adapter."""
 
+    loss: LossName = "sigmoid"
+    """What is minimised, by TRL's names: `sigmoid` is DPO, `simpo` and `orpo` need no reference, the others are DPO's variants."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs thought to have swapped sides: `sigmoid` is then conservative DPO. Also for `robust`, `sigmoid_norm`, `simpo`."""
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
+    """Margin that `simpo` asks for, in units of beta times nats a token."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the tuned model is held to the base model: 0.05 lets it move further, 0.5 keeps it close."""
+    """How strongly the tuned model is held to the base model: 0.05 lets it move further, 0.5 keeps it close.
+    `ipo` calls it tau, `orpo` lambda; `sigmoid_norm` is used at about 5, `simpo` at 2."""
     nll_weight: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the chosen answer's mean negative log-likelihood (nats a token), which keeps its words likely; 0 is plain DPO."""
+    """Weight of the chosen answer's mean negative log-likelihood (nats a token), which keeps its words likely; 0 is the bare loss."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak step size of AdamW; it rises over `n_warmup_steps` and falls to 0 along a cosine."""
     n_warmup_steps: Annotated[int, Field(ge=0)] = 4
@@ -63,6 +72,8 @@ class TrainTable(Table):
     """Times each pair is seen."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs an optimizer step."""
+    tokens_per_forward: Annotated[int, Field(ge=1)] = 448
+    """Pairs share a forward up to this many different tokens: more is faster and needs more memory, a longer pair runs alone."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     """Longer gradients are scaled down to this norm."""
     rank: Annotated[int, Field(ge=1)] = 8
