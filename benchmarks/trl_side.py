@@ -9,9 +9,6 @@ the embedded model. Both configurations see the same token ids; only the steps a
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +25,12 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from unstilted.lm.chat import ChatTokens, TokenPair
+from our_side import BATCH_SIZE, LORA, benchmark_pairs, peak_memory_gb
+from unstilted.lm.chat import TokenPair
 from unstilted.models.load import load_model, load_tokenizer
 from unstilted.models.resolve import resolve_model
 from unstilted.recipe import ModelTable
-from unstilted.starter import starter_pairs
 
-BATCH_SIZE = 8
 CONFIGS: dict[str, dict[str, Any]] = {
     # TRL's own: 8 pairs a forward, padded to the longest, with gradient checkpointing.
     "default": {},
@@ -51,25 +47,7 @@ COMMON: dict[str, Any] = {
     "logging_strategy": "no",
     "disable_tqdm": True,
 }
-LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 PACKAGES = ("trl", "torch", "transformers", "peft", "accelerate")
-
-
-def measure_in_subprocess(config: str, n_pairs: int, n_steps: int) -> dict[str, Any]:
-    """`measure` in a process of its own, so that memory and warm caches are its own too."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trl.json"
-        arguments = ["--config", config, "--pairs", str(n_pairs), "--steps", str(n_steps), "--json", str(file)]
-        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.DEVNULL, env=quiet)
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return result
-
-
-def benchmark_pairs(tokenizer: Any, n_pairs: int) -> list[TokenPair]:
-    """The first starter pairs as token ids; both sides of the benchmark take them from here."""
-    chat = ChatTokens(tokenizer, "embedded")
-    return [chat.pair(pair) for pair in starter_pairs()[:n_pairs]]
 
 
 def measure(config: str, n_pairs: int, n_steps: int) -> dict[str, Any]:
@@ -159,18 +137,6 @@ def reference_token_logps(seen: list[tuple[Tensor, Tensor]], pairs: list[TokenPa
                     if row[: len(whole)] == whole:
                         found.setdefault(pair.id, {})[side] = row_logps[len(pair.prompt) - 1 : len(whole) - 1]
     return found
-
-
-def peak_memory_gb() -> float:
-    """The largest resident size of this program, in 10^9 bytes.
-
-    Linux hands ru_maxrss down from the process that started this one, so a large parent would be counted; VmHWM starts anew.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(kib) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":

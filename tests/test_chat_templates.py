@@ -379,6 +379,12 @@ def test_a_system_message_that_goes_once_the_conversation_is_answered_is_refused
         chat.response(told, assistant("hey"))
 
 
+def test_a_system_prompt_goes_into_the_users_words_where_the_template_takes_none() -> None:
+    asked = [system("be loud."), user("hey")]
+    assert family("llama 3").under_system("be brief.", asked) == [system("be brief."), user("hey")]
+    assert family("gemma").under_system("be brief.", asked) == [user("be brief.\n\nhey")]
+
+
 def test_a_template_that_drops_the_system_message_is_refused() -> None:
     only_users = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     deaf = templated(byte_level(QWEN), only_users, eos_token="<|im_end|>")

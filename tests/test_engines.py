@@ -139,14 +139,18 @@ def test_greedy_answers_of_transformers_are_those_of_its_own_generate(small_mode
         assert answers[request.key].text == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-def test_transformers_ends_at_the_end_of_turn_token_while_others_go_on(small_model: BaseModelFiles, requests: list[Request]) -> None:
-    """The end token of this tokenizer is made one that greedy decoding happens to write third."""
+@pytest.mark.parametrize("which", ["of the turn, as the template has it", "of the text"])
+def test_transformers_ends_at_the_end_token_while_others_go_on(small_model: BaseModelFiles, requests: list[Request], which: str) -> None:
+    """The end token is made one that greedy decoding happens to write third."""
     engine = TransformersEngine(small_model, None, 1.0, n_parallel=6)
     before = by_key(engine, requests, GREEDY)
     model = engine.model
     prompt = torch.tensor([requests[0].tokens])
     third = int(model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3, pad_token_id=2)[0, -1])
-    engine.tokenizer.eos_token = engine.tokenizer.convert_ids_to_tokens(third)
+    if which == "of the text":
+        engine.tokenizer.eos_token = engine.tokenizer.convert_ids_to_tokens(third)
+    else:
+        engine.end_of_turn = third
     after = by_key(engine, requests, GREEDY)
     assert (after["p0"].finish_reason, after["p0"].n_tokens) == ("stop", 2)
     assert before["p0"].finish_reason == "length"

@@ -22,7 +22,7 @@ from unstilted.models.load import load_tokenizer
 from unstilted.models.resolve import BaseModelFiles, resolve_model
 from unstilted.progress import bar, say
 from unstilted.recipe import Recipe, RespondTable
-from unstilted.records import ARMS, Arm, Message, Prompt, Response, parse_row, read_json_rows, write_jsonl
+from unstilted.records import ARMS, Arm, Prompt, Response, parse_row, read_json_rows, write_jsonl
 from unstilted.rundir import RunDir
 
 
@@ -140,10 +140,7 @@ def _answer(
 
 
 def _request(prompt: Prompt, arm: Arm, chat: ChatTokens, recipe: Recipe) -> Request:
-    messages = list(prompt.prompt)
-    if arm == "prompted":
-        rest = messages[1:] if messages[0].role == "system" else messages
-        messages = [Message(role="system", content=recipe.respond.system_prompt), *rest]
+    messages = chat.under_system(recipe.respond.system_prompt, prompt.prompt) if arm == "prompted" else prompt.prompt
     digest = hashlib.sha256(f"{recipe.seed}\0{prompt.id}".encode()).digest()
     return Request(prompt.id, chat.prompt(messages), int.from_bytes(digest[:4]) >> 1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unstilted.engines import Generated, Request, Sampling
+from unstilted.lm.chat import ChatTokens
 from unstilted.models.load import load_model, load_tokenizer
 from unstilted.models.resolve import BaseModelFiles
 
@@ -18,6 +19,7 @@ class TransformersEngine:
 
     def __init__(self, files: BaseModelFiles, adapter: Path | None, strength: float, *, n_parallel: int) -> None:
         self.tokenizer, self.n_parallel = load_tokenizer(files), n_parallel
+        self.end_of_turn = ChatTokens(self.tokenizer, files.name).end_of_turn
         model = load_model(files)
         self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.23
         if adapter is not None:
@@ -31,9 +33,10 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Generated]:
-        device, end = self.model.device, self.tokenizer.eos_token_id
+        device, padding = self.model.device, self.end_of_turn
+        ends = {self.end_of_turn, self.tokenizer.eos_token_id}  # of Llama 3 and Gemma two different tokens
         width = max(len(request.tokens) for request in requests)
-        ids = torch.tensor([[end] * (width - len(r.tokens)) + r.tokens for r in requests], device=device)
+        ids = torch.tensor([[padding] * (width - len(r.tokens)) + r.tokens for r in requests], device=device)
         mask = torch.tensor([[0] * (width - len(r.tokens)) + [1] * len(r.tokens) for r in requests], device=device)
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         written: list[list[int]] = [[] for _ in requests]
@@ -47,7 +50,7 @@ class TransformersEngine:
             rows = out.logits[:, -1].float().cpu()
             tokens = [draw(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)]
             for index, token in enumerate(tokens):
-                finished[index] = finished[index] or token == end
+                finished[index] = finished[index] or token in ends
                 if not finished[index]:
                     written[index].append(token)
             if all(finished):

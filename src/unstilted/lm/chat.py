@@ -60,6 +60,16 @@ class ChatTokens:
         before = self._waiting(messages)
         return self._response(messages, before, self._ids(before), answer)
 
+    def under_system(self, text: str, messages: Sequence[Message]) -> list[Message]:
+        """The conversation under this system prompt; where the template takes none (Gemma), its text opens the first user message."""
+        rest = [message for message in messages if message.role != "system"]
+        told = [Message(role="system", content=text), *rest]
+        try:
+            self._waiting(told)
+        except UserError:
+            return [Message(role="user", content=f"{text}\n\n{rest[0].content}"), *rest[1:]]
+        return told
+
     def pair(self, pair: Pair) -> TokenPair:
         """Both responses of a pair as `response` gives them."""
         before = self._waiting(pair.prompt)

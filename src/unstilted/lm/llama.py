@@ -401,7 +401,7 @@ class LlamaTrunk:
         adapted = [layer.index for layer in self.layers if layer.parameters]
         self.first_adapted = adapted[0] if adapted else len(self.layers)
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
-        self._tapes: list[Tape] = []
+        self._tapes, self._short_tapes = list[Tape](), list[Tape]()
 
     def hidden(self, tree: Tree, adapted: bool = True, lower: Tensor | None = None) -> Tensor:
         """Final hidden states (M, H) at `tree.predicting`; adapted=False is the base model, without gradient.
@@ -439,10 +439,10 @@ class LlamaTrunk:
 
     @contextmanager
     def _tape(self) -> Iterator[Tape]:
-        """A free tape, for one thread at a time."""
-        tape = self._tapes.pop() if self._tapes else Tape()
+        """A tape for a forward that keeps nothing; these are apart, since their rows are longer."""
+        tape = self._short_tapes.pop() if self._short_tapes else Tape()
         yield tape
-        self._tapes.append(tape)
+        self._short_tapes.append(tape)
 
     def _lower(self, tree: Tree, run: Pass) -> Tensor:
         run.tape.fit(len(tree.tokens))

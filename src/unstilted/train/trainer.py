@@ -65,7 +65,7 @@ class Trainer:
         """Train to the end or to a stop rule, and say in words which it was. Goes on from `resume`d points."""
         order = batches(len(pairs), self.settings.batch_size, self.settings.n_epochs, self.seed)
         self.references.load([*pairs, *held_out])
-        with TrainProgress(len(order), self.settings.batch_size) as progress, self._workers():
+        with TrainProgress(len(order), self.settings.batch_size) as progress, self.working():
             for step in range(len(self.points), len(order)):
                 point = self._step(step, [pairs[index] for index in order[step]], len(order))
                 if (step + 1) % self.settings.eval_every == 0 or step + 1 == len(order):
@@ -209,7 +209,7 @@ class Trainer:
         Checkpoint(key, parameters, self.optimizer.state_dict(), random_state(), self.points).save(checkpoint)
 
     @contextmanager
-    def _workers(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
         """Where packs run by hand, give each core a thread that takes whole packs: better than all cores at one."""
         n_threads = torch.get_num_threads()
         if self.scorer.trunk is None or n_threads == 1:
