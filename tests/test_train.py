@@ -11,8 +11,6 @@ from unstilted.errors import UserError
 from unstilted.lm.chat import TokenPair
 from unstilted.models.resolve import BaseModelFiles
 from unstilted.recipe import TrainTable
-from unstilted.records import HeldOut
-from unstilted.train.guards import stop_reason
 from unstilted.train.schedule import batches, learning_rate
 from unstilted.train.trainer import Trainer
 
@@ -72,7 +70,8 @@ def test_a_resumed_training_ends_in_the_same_bytes_as_an_uninterrupted_one(tiny_
     table = settings(dropout=0.2, n_epochs=2)
     whole = trained(tiny_files, tmp_path, table)
     checkpoint = tmp_path / "killed.pt"
-    killed = Trainer(table, 0, tiny_files)
+    kept = tmp_path / "references.sqlite"  # another order of pairs would compute them in other packs, which shows in the last bit
+    killed = Trainer(table, 0, tiny_files, kept)
     save = killed._save_checkpoint
 
     def save_and_die(path: Path, key: str) -> None:
@@ -83,7 +82,7 @@ def test_a_resumed_training_ends_in_the_same_bytes_as_an_uninterrupted_one(tiny_
     killed._save_checkpoint = save_and_die  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         killed.train(PAIRS, PAIRS[:2], checkpoint, "key")
-    resumed = Trainer(table, 0, tiny_files)
+    resumed = Trainer(table, 0, tiny_files, kept)
     resumed.resume(checkpoint, "key")
     assert len(resumed.points) == 2
     resumed.train(PAIRS, PAIRS[:2], checkpoint, "key")
@@ -115,14 +114,6 @@ def test_an_unknown_target_module_is_refused(tiny_files: BaseModelFiles) -> None
         Trainer(settings(target_modules=("wq",)), 0, tiny_files)
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_pair(tiny_files: BaseModelFiles, tmp_path: Path) -> None:
-    trainer = Trainer(settings(), 0, tiny_files)
-    with torch.no_grad():
-        trainer.parameters[0].fill_(math.nan)
-    with pytest.raises(UserError, match=r"train, step 1: the loss of pair 'p\d' is nan"):
-        trainer.train(PAIRS, PAIRS[:2], tmp_path / "checkpoint.pt", "key")
-
-
 def test_every_epoch_sees_every_pair_once_in_a_new_order() -> None:
     steps = batches(n_pairs=7, batch_size=3, n_epochs=2, seed=4)
     assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1]
@@ -135,14 +126,6 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine() -> None:
     table = settings(learning_rate=1.0, n_warmup_steps=2)
     rates = [learning_rate(step, 6, table) for step in range(6)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4))])
-
-
-def test_training_stops_at_the_margin_or_when_chosen_answers_get_unlikely() -> None:
-    fine = HeldOut(loss=0.1, margin=1.0, accuracy=1.0, chosen_logp_change=-1.0, rejected_logp_change=-5.0)
-    table = settings(stop_margin=2.0, stop_chosen_drop=3.0)
-    assert stop_reason(fine, table) == ""
-    assert stop_reason(fine.model_copy(update={"margin": 2.0}), table) == "held-out margin 2.00 reached train.stop_margin 2"
-    assert "chosen answers lost 3.5 nats" in stop_reason(fine.model_copy(update={"chosen_logp_change": -3.5}), table)
 
 
 def test_strength_goes_into_the_saved_adapter_and_into_the_last_look(tiny_files: BaseModelFiles, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from tyro.conf import Positional, arg
 
 from unstilted.errors import UserError
 from unstilted.files import is_disk_full
-from unstilted.recipe import Recipe, load_recipe, recipe_toml
+from unstilted.processes import is_follower, n_processes, rank
+from unstilted.recipe import Recipe, find_recipe, load_recipe, recipe_toml, shipped_recipes
 
 Settings = Annotated[Recipe, arg(name="")]
 STAGE_COMMANDS = ("pairs", "train", "respond", "measure", "report")
@@ -24,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        command(words)
+        if n_processes() == 1:
+            command(words)
+        else:
+            _command_together(words)
     except UserError as error:
         return _refuse(str(error))
     except ValidationError as error:
@@ -59,31 +63,56 @@ def command(words: list[str]) -> None:
         /,
         out: Path = DEFAULT_RUN,
         redo: str = "",
+        dry_run: bool = False,
         settings: Settings = base,
     ) -> None:
         """Do the whole way, from pairs to the report; what is already done and unchanged is skipped.
 
         Args:
-            recipe: A recipe file (TOML); left out, every setting has its default.
+            recipe: A recipe file (TOML) or the name of a shipped one (`unstilted recipe --list`); left out, every setting has its default.
             out: The run folder.
             redo: Do this stage and all behind it again although nothing changed.
+            dry_run: Only print what training would do and how much memory it needs; nothing is written and no weights are fetched.
             settings: The recipe's settings.
         """
-        from unstilted.pipeline import run_pipeline
+        from unstilted.pipeline import plan, run_pipeline
 
         _require_first(recipe, words)
+        if dry_run:
+            return print(plan(settings))
         run_pipeline(settings, out, redo)
-        _print_result(out)
+        return _print_result(out)
 
-    def recipe() -> None:
-        """Print the default recipe as TOML with every setting explained."""
-        print(recipe_toml(Recipe()), end="")
+    def recipe(name: Positional[str] = "", /, names: Annotated[bool, arg(name="list")] = False) -> None:
+        """Print a recipe as TOML with every setting explained.
+
+        Args:
+            name: A shipped recipe or a file; left out, the default recipe.
+            names: Print the names of the shipped recipes.
+        """
+        if names:
+            return print("\n".join(shipped_recipes()))
+        return print(recipe_toml(load_recipe(find_recipe(name)) if name else Recipe()), end="")
 
     app.command(run)
     for name in STAGE_COMMANDS:
         app.command(name=name)(_stage_command(name, base, words))
     app.command(recipe)
     app.cli(prog="unstilted", description=DESCRIPTION, args=words)
+
+
+def _command_together(words: list[str]) -> None:
+    """`command` by the main one of a launcher's processes; the others help it with training."""
+    from unstilted.pipeline import follow, settle_libraries
+
+    settle_libraries()
+    from unstilted.train.distributed import together
+
+    with together():
+        if is_follower():
+            follow()
+        else:
+            command(words)
 
 
 DESCRIPTION = "Make a chat model talk like a thoughtful person, and prove what that gained and what it cost."
@@ -110,7 +139,7 @@ def _base_recipe(words: list[str]) -> Recipe:
     if len(words) < 2 or words[1].startswith("-"):
         return Recipe()
     if words[0] == "run":
-        return load_recipe(Path(words[1]))
+        return load_recipe(find_recipe(words[1]))
     if words[0] in STAGE_COMMANDS:
         if not (Path(words[1]) / "recipe.toml").is_file():
             raise UserError("this is no run folder.", where=words[1], do="`unstilted run --out FOLDER` makes one.")
@@ -134,5 +163,5 @@ def _print_result(out: Path) -> None:
 
 
 def _refuse(text: str) -> int:
-    print(f"unstilted: {text}", file=sys.stderr)
+    print(f"unstilted{f', process {rank()}' if is_follower() else ''}: {text}", file=sys.stderr)
     return 1

@@ -71,7 +71,7 @@ def run_pipeline(recipe: Recipe, path: Path, redo: str = "") -> dict[str, StageE
     """
     if redo and redo not in {stage.name for stage in STAGES}:
         raise UserError(f"'{redo}' is no stage.", where="--redo", do=f"Stages: {', '.join(stage.name for stage in STAGES)}.")
-    _settle_libraries()
+    settle_libraries()
     with open_run(path) as run_dir:
         check(recipe)
         write_text(run_dir.file("recipe.toml"), recipe_toml(recipe))
@@ -84,7 +84,7 @@ def run_pipeline(recipe: Recipe, path: Path, redo: str = "") -> dict[str, StageE
 
 def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
     """Do one stage of a run folder, whether or not it is done already; the folder's recipe takes over that stage's tables only."""
-    _settle_libraries()
+    settle_libraries()
     stage = stage_named(name)
     with open_run(path) as run_dir:
         _do(stage, recipe, run_dir, must=True)
@@ -94,17 +94,35 @@ def run_stage(name: str, recipe: Recipe, path: Path) -> StageEntry:
         return run_dir.manifest()[name]
 
 
+def follow() -> None:
+    """What the other processes of a launcher do while the main one does its stages: help it with training, and nothing else."""
+    settle_libraries()
+    import_module("unstilted.train").follow()
+
+
+def plan(recipe: Recipe) -> str:
+    """What training with this recipe would do and need, in words; fetches no weights and writes nothing."""
+    settle_libraries()
+    from unstilted import pairs
+    from unstilted.pairs.source import locate
+    from unstilted.train.plan import make_plan
+
+    is_here = locate(recipe.pairs.source).kind != "hub"
+    return str(make_plan(recipe, pairs.check(recipe).training if is_here else None))
+
+
 def check(recipe: Recipe) -> None:
     """Look at everything outside the run folder that the recipe names, the model last since it may have to be fetched.
 
     Raises UserError before any long work.
     """
-    from unstilted import pairs, respond
+    from unstilted import pairs, respond, train
     from unstilted.models.resolve import resolve_model
 
+    train.check(recipe)
     pairs.check(recipe)
     respond.sources(recipe)
-    respond.engine_name(recipe.respond, resolve_model(recipe.model))
+    respond.engine_name(recipe.respond, resolve_model(recipe.model), recipe.train)
 
 
 def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
@@ -132,7 +150,7 @@ def _others(stage: Stage, run_dir: RunDir) -> dict[str, str]:
     return {"manifest": hashlib.sha256("\n".join(entries).encode()).hexdigest()}
 
 
-def _settle_libraries() -> None:
+def settle_libraries() -> None:
     """What must come before torch, transformers and llama.cpp are imported."""
     # Spinning threads collapse as soon as anything else wants the cores; a value that the user set is kept.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

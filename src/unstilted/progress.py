@@ -7,10 +7,11 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from unstilted.records import TrainPoint
+from unstilted.processes import is_follower
+from unstilted.records import HeldOut, TrainPoint
 
-console = Console(stderr=True, highlight=False, emoji=False)
-"""Progress goes to stderr, results to stdout."""
+console = Console(stderr=True, highlight=False, emoji=False, quiet=is_follower())
+"""Progress goes to stderr, results to stdout; of several processes only the main one shows any."""
 
 
 def say(text: str) -> None:
@@ -55,8 +56,12 @@ class TrainProgress:
         rate = (point.n_pairs - self.n_pairs_before) / max(1e-9, time.monotonic() - self.start)
         self.bar.update(self.task, completed=point.step, description=f"loss {point.loss:.3f}  {rate:.2f} pairs/s")
         if point.held_out is not None:
-            held = point.held_out
-            say(
-                f"  step {point.step:3}/{self.n_steps}  loss {point.loss:.3f}  held-out: margin {held.margin:.2f}, "
-                f"accuracy {held.accuracy:.2f}, chosen {held.chosen_logp_change:+.1f} nats, rejected {held.rejected_logp_change:+.1f} nats"
-            )
+            say(f"  step {point.step:3}/{self.n_steps}  loss {point.loss:.3f}  {_look(point.held_out)}, gradient {point.gradient_norm:.2f}")
+
+
+def _look(held: HeldOut) -> str:
+    kl = "" if held.kl is None else f", KL {held.kl:.3f} a token"
+    return (
+        f"held-out: margin {held.margin:.2f}, accuracy {held.accuracy:.2f}, chosen {held.chosen_logp_change:+.1f} nats, "
+        f"rejected {held.rejected_logp_change:+.1f} nats{kl}"
+    )

@@ -7,7 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from unstilted.errors import UserError
 
@@ -18,6 +19,9 @@ STYLE_PROMPT = (
 )
 
 LossName = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
+WITHOUT_LABEL_SMOOTHING: tuple[LossName, ...] = ("hinge", "ipo", "orpo")
+"""Losses that have no form for pairs whose two sides are swapped now and then."""
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Table(BaseModel):
@@ -33,6 +37,8 @@ class ModelTable(Table):
     """`embedded` (SmolLM2-135M-Instruct from a package registry), a folder with Hugging Face weights, or a hub id."""
     revision: str = ""
     """Branch, tag or commit of a hub id; empty takes its default branch."""
+    load: Literal["auto", "8bit", "4bit"] = "auto"
+    """How the weights are held: `auto` is float32 on a CPU and bfloat16 on a GPU; `8bit` and `4bit` (NF4) need bitsandbytes on a GPU."""
 
 
 class PairsTable(Table):
@@ -51,8 +57,10 @@ class PairsTable(Table):
 
 
 class TrainTable(Table):
-    """Preference optimization of an adapter."""
+    """Preference optimization of an adapter, or of all weights."""
 
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter, or all weights of the chosen layers (`full`), which needs about 16 bytes a weight."""
     loss: LossName = "sigmoid"
     """What is minimised, by TRL's names: `sigmoid` is DPO, `simpo` and `orpo` need no reference, the others are DPO's variants."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -68,6 +76,8 @@ class TrainTable(Table):
     """Peak step size of AdamW; it rises over `n_warmup_steps` and falls to 0 along a cosine."""
     n_warmup_steps: Annotated[int, Field(ge=0)] = 4
     """Optimizer steps until the peak."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps the optimizer's memory of each weight in 2 bytes instead of 8; it needs bitsandbytes on a GPU."""
     n_epochs: Annotated[int, Field(ge=1)] = 1
     """Times each pair is seen."""
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -91,9 +101,17 @@ class TrainTable(Table):
         "up_proj",
         "down_proj",
     )
-    """Linear layers that get an adapter."""
+    """Linear layers that get an adapter, by name; `all-linear` takes all of a decoder layer, whatever they are called."""
     first_layer_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Layers below this share of the depth stay as they are: 0 adapts all, 0.5 the upper half, which also costs less."""
+    last_layer_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layers above this share of the depth stay as they are; 1 adapts up to the last."""
+    rslora: bool = False
+    """Scale the adapter's output by alpha / sqrt(rank) instead, which keeps large ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA, Liu et al. 2024): slower, not for llama.cpp."""
+    pissa: bool = False
+    """Start the adapter from the base weights' largest directions (PiSSA, Meng et al. 2024); the finished one has twice the rank."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Longest prompt plus answer, in tokens; longer pairs are never cut."""
     long_pairs: Literal["refuse", "drop"] = "refuse"
@@ -103,9 +121,37 @@ class TrainTable(Table):
     strength: Annotated[float, Field(gt=0, le=1)] = 0.43
     """How much of what was learnt the finished adapter applies: 1 is all; less keeps more of the base's fluency and facts."""
     stop_margin: Annotated[float, Field(gt=0)] = 5.0
-    """Stop once the held-out margin (nats, times beta) gets here: past it the pairs are told apart and only damage grows."""
+    """Stop once the loss's own held-out margin gets here: past it the pairs are told apart and only damage grows. DPO's margin in nats
+    times beta; for `sigmoid_norm` and `simpo` a token (less `simpo_gamma`), for `orpo` the log odds ratio; never for `ipo`, which holds
+    its margin itself."""
     stop_chosen_drop: Annotated[float, Field(gt=0)] = 5.0
     """Stop once held-out chosen answers are this many nats less likely than under the base model."""
+    warn_kl: Annotated[float, Field(gt=0)] = 0.5
+    """Warn once the tuned model is this far from base on held-out answers (KL divergence in nats a token)."""
+    trackers: Annotated[tuple[TrackerName, ...], Field(strict=False)] = ("tensorboard",)
+    """Where the curves also go while training; TensorBoard reads them from `trackers/` in the run folder. Empty for nowhere."""
+
+    @field_validator("last_layer_share")
+    @classmethod
+    def _refuse_no_layers(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("first_layer_share", 0):
+            raise PydanticCustomError("layers", "it must be more than first_layer_share")
+        return value
+
+    @field_validator("pissa")
+    @classmethod
+    def _refuse_pissa_with_dora(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("dora"):
+            raise PydanticCustomError("pissa", "an adapter with dora can't start from the base weights")
+        return value
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _refuse_where_the_loss_has_none(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("loss") in WITHOUT_LABEL_SMOOTHING:
+            losses = ", ".join(WITHOUT_LABEL_SMOOTHING)
+            raise PydanticCustomError("label_smoothing", f"{losses} have no label smoothing")
+        return value
 
 
 class RespondTable(Table):
@@ -168,8 +214,25 @@ class Recipe(Table):
     report: ReportTable = ReportTable()
 
 
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.stem for file in SHIPPED.glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe that is given by its path or, when it is a shipped one, by name. Raises UserError for an unknown name."""
+    if name in shipped_recipes() and not Path(name).is_file():
+        return SHIPPED / f"{name}.toml"
+    if not Path(name).is_file() and Path(name).name == name and not Path(name).suffix:
+        raise UserError("there is no such recipe.", where=name, do=f"Give a TOML file, or one of {', '.join(shipped_recipes())}.")
+    return Path(name)
+
+
 def load_recipe(path: Path) -> Recipe:
-    """Read a TOML recipe; what it leaves out keeps its default.
+    """Read a TOML recipe; what it leaves out keeps its default, or what the shipped recipe named by `extends` says.
 
     Raises UserError naming file, line and setting for TOML that doesn't parse, an unknown key (with the nearest known one)
     or a value out of range.
@@ -178,11 +241,21 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError("there is no such recipe.", where=str(path), do="`unstilted recipe` prints one to start from.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return recipe_from(tomllib.loads(text), text, str(path))
+        values = tomllib.loads(text)
+        return recipe_from(_extended(values, path) if "extends" in values else values, text, str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"this is not UTF-8 text ({error.reason}).", where=str(path), do="Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"this is not TOML: {error}.", where=str(path), do="Mend that line.") from None
+
+
+def _extended(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recipe's values over those of the shipped recipe that it extends."""
+    name = values.pop("extends")
+    if name not in shipped_recipes():
+        raise UserError(f"'extends' is {name!r}.", where=str(path), do=f"Name a shipped recipe: {', '.join(shipped_recipes())}.")
+    parent = load_recipe(SHIPPED / f"{name}.toml").model_dump()
+    return parent | {key: parent[key] | value if isinstance(value, dict) and key in parent else value for key, value in values.items()}
 
 
 def recipe_from(values: dict[str, Any], text: str = "", where: str = "recipe") -> Recipe:

@@ -97,6 +97,10 @@ class HeldOut(Record):
     chosen_logp_change: float
     """Tuned minus base; below 0 the model finds the chosen answers less likely than before."""
     rejected_logp_change: float
+    loss_margin: float | None = None
+    """The argument of the loss, by which `train.stop_margin` goes; absent for `ipo`, which holds it at a target."""
+    kl: float | None = None
+    """KL(tuned || base) in nats a token, over the tokens of a few pairs' responses; absent where base can't run beside tuned."""
 
 
 class TrainPoint(Record):

@@ -21,7 +21,7 @@ from unstilted.models.gguf_files import write_lora_gguf
 from unstilted.models.load import load_tokenizer
 from unstilted.models.resolve import BaseModelFiles, resolve_model
 from unstilted.progress import bar, say
-from unstilted.recipe import Recipe, RespondTable
+from unstilted.recipe import Recipe, RespondTable, TrainTable
 from unstilted.records import ARMS, Arm, Prompt, Response, parse_row, read_json_rows, write_jsonl
 from unstilted.rundir import RunDir
 
@@ -32,17 +32,20 @@ def run(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:
     chat = ChatTokens(load_tokenizer(model), model.name)
     prompts = held_out_prompts(recipe)
     adapter = run_dir.require("adapter", "train")
+    settings = recipe.respond.model_copy(update={"engine": engine_name(recipe.respond, model, recipe.train)})
+    if (reason := _why_not_llama_cpp(model, recipe.train)) and model.gguf is not None and recipe.respond.engine == "auto":
+        say(f"  Answers come from transformers: {reason}.")
     responses = []
     for arm in ARMS:
         requests = [_request(prompt, arm, chat, recipe) for prompt in prompts]
-        journal = Journal(run_dir.file("answers") / f"{arm}-{_key(arm, recipe.respond, requests, model, adapter)}.jsonl")
+        journal = Journal(run_dir.file("answers") / f"{arm}-{_key(arm, settings, requests, model, adapter)}.jsonl")
         left = [request for request in requests if request.key not in journal.rows]
         if left:
-            with _engine(arm, recipe.respond, model, adapter, requests) as engine:
-                _answer(arm, engine, left, recipe.respond, {prompt.id: prompt for prompt in prompts}, journal)
+            with _engine(arm, settings, model, adapter, requests) as engine:
+                _answer(arm, engine, left, settings, {prompt.id: prompt for prompt in prompts}, journal)
         responses += [journal.rows[prompt.id] for prompt in prompts]
     write_jsonl(run_dir.file("responses.jsonl"), responses)
-    return {"engine": engine_name(recipe.respond, model), "weights": _weights(recipe.respond, model), "n_prompts": len(prompts)}
+    return {"engine": settings.engine, "weights": _weights(settings, model), "n_prompts": len(prompts)}
 
 
 def sources(recipe: Recipe) -> dict[str, str]:
@@ -72,17 +75,25 @@ def held_out_prompts(recipe: Recipe) -> list[Prompt]:
     return [prompt for index, prompt in enumerate(prompts) if index in kept]
 
 
-def engine_name(settings: RespondTable, model: BaseModelFiles) -> str:
-    """The engine that `auto` stands for; raises UserError when `embedded` is asked for a model that has no GGUF."""
-    if settings.engine == "embedded" and model.gguf is None:
-        raise UserError(
-            "llama.cpp needs a GGUF file, and this model has none.",
-            where="respond.engine",
-            do='Set respond.engine = "transformers".',
-        )
+def engine_name(settings: RespondTable, model: BaseModelFiles, train: TrainTable | None = None) -> str:
+    """The engine that `auto` stands for; raises UserError when `embedded` is asked for a model that has no GGUF.
+
+    train: how the tuned model is made; `embedded` is refused for what a GGUF LoRA can't hold, too.
+    """
+    reason = _why_not_llama_cpp(model, train)
+    if settings.engine == "embedded" and reason:
+        raise UserError(f"{reason}.", where="respond.engine", do='Set respond.engine = "transformers".')
     if settings.engine != "auto":
         return settings.engine
-    return "embedded" if model.gguf is not None else "transformers"
+    return "transformers" if reason else "embedded"
+
+
+def _why_not_llama_cpp(model: BaseModelFiles, train: TrainTable | None) -> str:
+    if model.gguf is None:
+        return "llama.cpp needs a GGUF file, and this model has none"
+    if train is not None and train.tuning == "full":
+        return 'llama.cpp has only adapters here, and train.tuning = "full" writes whole weights'
+    return "llama.cpp can't run an adapter with train.dora" if train is not None and train.dora else ""
 
 
 class Journal:

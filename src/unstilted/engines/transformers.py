@@ -1,30 +1,30 @@
-"""Hugging Face weights, with a PEFT adapter if wanted: runs any model, on a GPU where there is one."""
+"""Hugging Face weights, base or as `train` left them: runs any model, on a GPU where there is one."""
 
 from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unstilted.engines import Generated, Request, Sampling
 from unstilted.lm.chat import ChatTokens
-from unstilted.models.load import load_model, load_tokenizer
+from unstilted.models.load import load_model, load_tokenizer, load_tuned
 from unstilted.models.resolve import BaseModelFiles
 
 
 class TransformersEngine:
     """Answers in batches of similar length; every request draws from a generator of its own, so batching changes no seed."""
 
-    def __init__(self, files: BaseModelFiles, adapter: Path | None, strength: float, *, n_parallel: int) -> None:
+    def __init__(self, files: BaseModelFiles, tuned: Path | None, strength: float, *, n_parallel: int) -> None:
+        """tuned: a folder with an adapter or whole weights, applied at `strength`; None is the base model."""
         self.tokenizer, self.n_parallel = load_tokenizer(files), n_parallel
         self.end_of_turn = ChatTokens(self.tokenizer, files.name).end_of_turn
-        model = load_model(files)
-        self.cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.23
-        if adapter is not None:
-            model = _adapted(model, adapter, strength)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(files) if tuned is None else load_tuned(files, tuned, strength)
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.cache_name = "cache" if "cache" in signature(inner.forward).parameters else "past_key_values"  # until transformers 5.23
+        # bitsandbytes has put its weights where they belong
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu") if files.load == "auto" else model
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Generated]:
         by_length = sorted(requests, key=lambda request: len(request.tokens))
@@ -71,13 +71,3 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     probabilities = (kept / sampling.temperature).softmax(-1)
     outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
     return int(tokens[torch.multinomial(probabilities.masked_fill(outside, 0.0), 1, generator=generator)])
-
-
-def _adapted(model: Any, adapter: Path, strength: float) -> Any:
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, adapter)
-    for module in adapted.modules():
-        if hasattr(module, "scale_layer"):
-            module.scale_layer(strength)
-    return adapted.eval()

@@ -61,38 +61,82 @@ class _HeadLogps(torch.autograd.Function):
 
 
 @torch.no_grad()
+def head_kl(hidden: Tensor, base_hidden: Tensor, head: Head) -> Tensor:
+    """KL divergence KL(p || q) in nats, (M,), float32 or wider: p after `hidden`, q after `base_hidden`, both (M, H). No gradient.
+
+    Exact over the vocabulary, with never more than a few (M, CHUNK) matrices in memory. With d the change of the logits it is
+    E_p[d] - log E_q[e^d]. d comes from the change of the hidden states, so that a small divergence isn't lost in rounded logits.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    change = hidden.to(wide) - base_hidden.to(wide)
+    # Sums over v relative to the largest term so far of each: of e^(p's logit), d times that, e^(q's logit), e^d - 1 times that.
+    of_p, pulled, of_q, growth = sums = torch.zeros(4, len(hidden), dtype=wide, device=hidden.device)
+    top_p, top_q = torch.full((2, len(hidden)), -torch.inf, dtype=wide, device=hidden.device)
+    for chunk in torch.split(head.weight, CHUNK):
+        q = _product(base_hidden.to(wide), chunk.t(), wide) * head.scale
+        d = _product(change, chunk.t(), wide) * head.scale
+        p = q + d
+        if head.cap:
+            p, q = (logits.div_(head.cap).tanh_().mul_(head.cap) for logits in (p, q))
+            d = p - q
+        higher_p, higher_q = torch.maximum(top_p, p.amax(1)), torch.maximum(top_q, q.amax(1))
+        sums[:2] *= (top_p - higher_p).exp()
+        sums[2:] *= (top_q - higher_q).exp()
+        top_p, top_q = higher_p, higher_q
+        p, q = p.sub_(top_p[:, None]).exp_(), q.sub_(top_q[:, None]).exp_()
+        of_p += p.sum(1)
+        of_q += q.sum(1)
+        pulled += p.mul_(d).sum(1)
+        growth += q.mul_(d.expm1_()).sum(1)
+    rise = growth / of_q  # e^(log of p's sum - log of q's) - 1, exact where it is small; where it isn't it may be off, even no number
+    log_rise = torch.where(rise.abs() < 0.5, rise.log1p(), top_p - top_q + of_p.log() - of_q.log())
+    return torch.as_tensor((pulled / of_p - log_rise).clamp(min=0))
+
+
+@torch.no_grad()
 def logps_and_direction(hidden: Tensor, head: Head, targets: Tensor, with_direction: bool) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (M,) and, where asked for, d(log p)/d(hidden) (M, H) in the dtype of `hidden`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    sums, pull = _sums(hidden, head, targets, with_direction, wide)
+    toward = head.weight[targets].to(wide)
+    own = _logits_of(hidden.to(wide), toward, head)
+    sums, pull = _sums(hidden, head, own + HEADROOM, with_direction)
+    logps = -sums.log() - HEADROOM
     if not bool(torch.isfinite(sums).all()):  # a token under about -128 nats
-        sums, pull = _sums(hidden, head, targets, with_direction, torch.float64)
-    logps = (-sums.log() - HEADROOM).to(wide)
+        highest = _highest(hidden, head, wide)
+        sums, pull = _sums(hidden, head, highest, with_direction)
+        logps = own - highest - sums.log()
     if pull is None:
         return logps, None
-    toward = head.weight[targets].to(pull.dtype)
     if head.cap:
-        toward *= _slope(_logits_of(hidden.to(pull.dtype), toward, head), head.cap)[:, None]
+        toward *= _slope(own, head.cap)[:, None]
     return logps, ((toward - pull / sums[:, None]) * head.scale).to(hidden.dtype)
 
 
-def _sums(hidden: Tensor, head: Head, targets: Tensor, with_pull: bool, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """sum_v exp(z_v - z_target - HEADROOM), (M,), and sum_v exp(...) dz_v/du_v w_v, (M, H)."""
-    start = _logits_of(hidden.to(wide), head.weight[targets].to(wide), head)[:, None] + HEADROOM
-    sums = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-    pull = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if with_pull else None
+def _sums(hidden: Tensor, head: Head, start: Tensor, with_pull: bool) -> tuple[Tensor, Tensor | None]:
+    """sum_v exp(z_v - start), (M,), and sum_v exp(z_v - start) dz_v/du_v w_v, (M, H), from `start` (M,), in its dtype."""
+    sums = torch.zeros_like(start)
+    pull = torch.zeros(hidden.shape, dtype=start.dtype, device=hidden.device) if with_pull else None
     for chunk in torch.split(head.weight, CHUNK):
-        logits = _product(hidden, chunk.t(), wide)
-        if head.scale != 1:
-            logits *= head.scale
-        if head.cap:
-            logits.div_(head.cap).tanh_().mul_(head.cap)
+        logits = _logits(hidden, chunk, head, start.dtype)
         slope = _slope(logits, head.cap) if head.cap and pull is not None else None
-        weights = logits.sub_(start).exp_()
+        weights = logits.sub_(start[:, None]).exp_()
         sums += weights.sum(1)
         if pull is not None:
             _add_product(pull, weights if slope is None else weights.mul_(slope), chunk)
     return sums, pull
+
+
+def _highest(hidden: Tensor, head: Head, wide: torch.dtype) -> Tensor:
+    """The highest logit of each position, (M,)."""
+    return torch.stack([_logits(hidden, chunk, head, wide).amax(1) for chunk in torch.split(head.weight, CHUNK)]).amax(0)
+
+
+def _logits(hidden: Tensor, chunk: Tensor, head: Head, wide: torch.dtype) -> Tensor:
+    """Logits of some vocabulary entries, (M, entries)."""
+    logits = _product(hidden, chunk.t(), wide)
+    if head.scale != 1:
+        logits *= head.scale
+    return logits.div_(head.cap).tanh_().mul_(head.cap) if head.cap else logits
 
 
 def _logits_of(hidden: Tensor, rows: Tensor, head: Head) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,35 +23,49 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
 """Types whose layers are RMSNorm, rotary attention and SwiGLU with nothing in between."""
 
 
+CHANGING_ROPE = frozenset({"dynamic", "longrope"})
+"""Rotary positions whose frequencies depend on how long the longest conversation of a row is."""
+
+
 def can_run(model: Any) -> bool:
-    """Whether `model` is one of these on a CPU in one plain floating type, its adapters (if any) plain LoRA without dropout."""
+    """Whether `model` is one of these on a CPU in one plain floating type, with at most plain LoRA without dropout to train."""
     from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     config = model.config
     weights = list(model.parameters())
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     return (
         config.model_type in MODEL_TYPES
         and config.hidden_act == "silu"
+        and not config.attention_dropout
+        and config.rope_parameters["rope_type"] not in CHANGING_ROPE
+        and len(set(getattr(config, "layer_types", None) or ())) <= 1
         and all(weight.device.type == "cpu" and type(weight) in (Parameter, Tensor) for weight in weights)
         and {weight.dtype for weight in weights} in ({torch.float32}, {torch.float64})
-        and all(_is_plain(module) for module in model.modules() if isinstance(module, LoraLayer) and isinstance(module, LoraLinear))
-        and all(isinstance(module, LoraLinear) for module in model.modules() if isinstance(module, LoraLayer))
+        and all(type(module) is LoraLinear and _is_plain(module) for module in adapters)
         and not any(weight.requires_grad for name, weight in model.named_parameters() if "lora_" not in name)
     )
 
 
 def _is_plain(module: Any) -> bool:
-    from torch.nn import Identity
-
-    names = set(module.lora_A)
+    """Whether a LoRA layer is base + scale * B A, with neither variant nor second adapter, and not in the base weights already."""
     return (
-        names == {"default"}
-        and not module.use_dora.get("default", False)
-        and not any(module.lora_bias.values())
-        and all(type(dropout) is Identity or dropout.p == 0 for dropout in module.lora_dropout.values())
+        type(module.base_layer) is torch.nn.Linear
+        and [*module.lora_A] == module.active_adapters == ["default"]
+        and not module.lora_variant
+        and not module.lora_bias["default"]
+        and getattr(module.lora_dropout["default"], "p", 0) == 0
         and not module.merged
     )
+
+
+def _window(config: Any) -> float:
+    """How many positions, its own included, each one sees."""
+    if "full_attention" in (getattr(config, "layer_types", None) or ()):
+        return float("inf")
+    return getattr(config, "sliding_window", None) or float("inf")
 
 
 @dataclass
@@ -88,25 +103,28 @@ class Projection:
 
     weight: (N, K + R), the R columns at the end holding scale * lora_B of each layer in its own rows. The input's last R columns hold
     the input times lora_A, so one product gives base and adapter, and one backward product the gradients of both.
-    The layers' own weights become views into it.
+    The layers' own weights and biases become views into it and `bias`.
     """
 
-    def __init__(self, modules: Sequence[Any]) -> None:
-        bases = [getattr(module, "base_layer", module) for module in modules]
-        self.adapters = [module if hasattr(module, "lora_A") else None for module in modules]
-        self.n_in, self.n_out = bases[0].in_features, sum(base.out_features for base in bases)
+    def __init__(self, parent: Any, *names: str) -> None:
+        self.parent, self.modules = parent, {name: getattr(parent, name) for name in names}
+        self.bases = [getattr(module, "base_layer", module) for module in self.modules.values()]
+        self.adapters = [module if hasattr(module, "lora_A") else None for module in self.modules.values()]
+        self.n_in, self.n_out = self.bases[0].in_features, sum(base.out_features for base in self.bases)
         ranks = [adapter.lora_A["default"].weight.shape[0] if adapter else 0 for adapter in self.adapters]
         self.rank = sum(ranks)
-        like = bases[0].weight
-        self.weight = torch.zeros(self.n_out, self.n_in + self.rank, dtype=like.dtype)
-        self.a = torch.zeros(self.rank, self.n_in, dtype=like.dtype)
-        self.bias = torch.cat([base.bias.detach() for base in bases]) if bases[0].bias is not None else None
-        self.out_spans, self.rank_spans = _spans([base.out_features for base in bases]), _spans(ranks)
-        for base, span in zip(bases, self.out_spans, strict=True):
-            self.weight[span.start : span.end, : self.n_in] = base.weight.detach()
-            give_back(base.weight)
+        self.out_spans, self.rank_spans = _spans([base.out_features for base in self.bases]), _spans(ranks)
+        weights, biases = [base.weight for base in self.bases], [base.bias for base in self.bases if base.bias is not None]
+        self.weight = _as_one(weights, self.n_in + self.rank)
+        self.bias = _as_one([bias[:, None] for bias in biases], 1)[:, 0] if biases else None
+        for base, span in zip(self.bases, self.out_spans, strict=True):
             base.weight.data = self.weight[span.start : span.end, : self.n_in]
+            if self.bias is not None:
+                base.bias.data = self.bias[span.start : span.end]
+        self.a = torch.zeros(self.rank, self.n_in, dtype=self.weight.dtype)
+        self._pointers = [weight.data_ptr() for weight in weights]
         self._seen: list[Any] = []
+        self.refresh()
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -119,17 +137,30 @@ class Projection:
         ]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the adapters' present values, where they have changed."""
+    def refresh(self) -> bool:
+        """Take over the adapters' present values; returns whether they have changed. Raises RuntimeError where more than values has."""
+        if not self._is_current():
+            raise RuntimeError(
+                "layers or adapters have been replaced, merged, moved or unfrozen since this scorer was made: make a new one"
+            )
         present = [(p._version, p.data_ptr()) for p in self.parameters] + [a.scaling["default"] for a in self.adapters if a]
         if present == self._seen:
-            return
-        self._seen = present
+            return False
         for adapter, out, rank in zip(self.adapters, self.out_spans, self.rank_spans, strict=True):
             if adapter:
                 self.a[rank.start : rank.end] = adapter.lora_A["default"].weight
                 beside = self.weight[out.start : out.end, self.n_in + rank.start : self.n_in + rank.end]
                 torch.mul(adapter.lora_B["default"].weight, adapter.scaling["default"], out=beside)
+        self._seen = present
+        return True
+
+    def _is_current(self) -> bool:
+        return (
+            all(getattr(self.parent, name) is module for name, module in self.modules.items())
+            and [base.weight.data_ptr() for base in self.bases] == self._pointers
+            and not any(base.weight.requires_grad for base in self.bases)
+            and all(_is_plain(adapter) for adapter in self.adapters if adapter)
+        )
 
     def forward(self, inputs: Tensor, out: Tensor, adapted: bool) -> Tensor:
         """out (T, N) from inputs (T, K + R), whose last R columns are filled here."""
@@ -164,6 +195,23 @@ class Projection:
         if with_input:
             out[:, : self.n_in].addmm_(thin, self.a)
         return gradients
+
+
+def _as_one(parts: Sequence[Tensor], width: int) -> Tensor:
+    """The rows of all parts under each other, (N, width), and zeros beside them. Not copied where they lie so already."""
+    first, sizes, n_columns = parts[0].detach(), [len(part) for part in parts], parts[0].shape[1]
+    starts = [first.data_ptr() + span.start * width * first.element_size() for span in _spans(sizes)]
+    end = (first.storage_offset() + sum(sizes) * width) * first.element_size()
+    # one matrix alone, or what an earlier scorer has put together: two copies would double the memory and part from each other
+    if first.stride() == (width, 1) and [part.data_ptr() for part in parts] == starts and end <= first.untyped_storage().nbytes():
+        one = first.as_strided((sum(sizes), width), (width, 1))
+        one[:, n_columns:] = 0
+        return one
+    one = torch.zeros(sum(sizes), width, dtype=first.dtype)
+    for part, rows in zip(parts, torch.split(one, sizes), strict=True):
+        rows[:, :n_columns] = part.detach()
+        give_back(part)
+    return one
 
 
 def _spans(sizes: Sequence[int]) -> list[Span]:
@@ -212,7 +260,7 @@ class Geometry:
     sin: Tensor
     blocks: list[Block]
     masks: list[Tensor]
-    """Additive, (L * repeats, keys), for each block."""
+    """Additive, (L * repeats, keys), for each block; keys in the order of `_seen`."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +278,10 @@ class Layer:
     def __init__(self, module: Any, index: int, shape: Shape) -> None:
         attention, mlp = module.self_attn, module.mlp
         self.index, self.shape = index, shape
-        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = Projection([attention.o_proj])
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection([mlp.down_proj])
+        self.qkv = Projection(attention, "q_proj", "k_proj", "v_proj")
+        self.o = Projection(attention, "o_proj")
+        self.gate_up = Projection(mlp, "gate_proj", "up_proj")
+        self.down = Projection(mlp, "down_proj")
         self.norms = [_norm(module.input_layernorm), _norm(module.post_attention_layernorm)]
         self.projections = (self.qkv, self.o, self.gate_up, self.down)
 
@@ -395,54 +443,69 @@ class LlamaTrunk:
         trunk, config = model.get_decoder(), model.config
         d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = Shape(config.num_attention_heads, config.num_key_value_heads, d_head)
-        self.shape, self.rotary, self.norm = shape, trunk.rotary_emb, _norm(trunk.norm)
+        self.shape, self.window, self.rotary, self.norm = shape, _window(config), trunk.rotary_emb, _norm(trunk.norm)
         self.embeddings = trunk.embed_tokens.weight.detach()
         self.layers = [Layer(module, index, shape) for index, module in enumerate(trunk.layers)]
         adapted = [layer.index for layer in self.layers if layer.parameters]
         self.first_adapted = adapted[0] if adapted else len(self.layers)
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters]
+        self.version = 0
+        """Grows with every change of the adapter."""
+        self._lock = Lock()
         self._tapes, self._short_tapes = list[Tape](), list[Tape]()
 
     def hidden(self, tree: Tree, adapted: bool = True, lower: Tensor | None = None) -> Tensor:
-        """Final hidden states (M, H) at `tree.predicting`; adapted=False is the base model, without gradient.
+        """Final hidden states (M, H) at `tree.predicting`; adapted=False, or PEFT's `disable_adapter`, is the base without gradient.
 
-        lower: what `lower` gave for this tree, so that base and adapted model share it.
+        lower: what `lower` gave for this tree, so that base and adapted model share it. Raises RuntimeError where the model isn't
+        any more what this was made for.
         """
-        self._refresh()
-        if adapted and torch.is_grad_enabled():
+        self.refresh()
+        adapted = adapted and not self._is_disabled()
+        if adapted and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
             result: Tensor = _Hidden.apply(self, tree, lower, *self.parameters)  # type: ignore[no-untyped-call]
             return result
-        with torch.no_grad(), self._tape() as tape:
+        with self._tape() as tape:
             run = Pass(self.geometry(tree), tape, adapted)
             return self._final(self._upper(tree, run, self._lower(tree, run) if lower is None else lower, keep=False), tree).hidden
 
     def lower(self, tree: Tree) -> Tensor:
         """The residual stream (T, H) before the first adapted layer: the same for base and adapted model, and without gradient."""
-        with torch.no_grad(), self._tape() as tape:
+        with self._tape() as tape:
             return self._lower(tree, Pass(self.geometry(tree), tape, adapted=False)).clone()
 
     def geometry(self, tree: Tree) -> Geometry:
         half = self.shape.d_head // 2
         cos, sin = self.rotary(self.embeddings[:1], torch.tensor([tree.positions]))
-        masks = [self._mask(block.span.size, sum(span.size for span in block.ancestors)) for block in tree.blocks]
+        masks = [self._mask(block, torch.tensor(tree.positions)) for block in tree.blocks]
         return Geometry(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), tree.blocks, masks)
 
-    def _mask(self, n: int, n_before: int) -> Tensor:
-        own = torch.full((n, n), -torch.inf, dtype=self.embeddings.dtype).triu(1)
-        mask = torch.cat((torch.zeros(n, n_before, dtype=own.dtype), own), 1)
+    def _mask(self, block: Block, positions: Tensor) -> Tensor:
+        keys = torch.cat([positions[span.start : span.end] for span in (*block.ancestors, block.span)])
+        distance = positions[block.span.start : block.span.end, None] - keys
+        mask = torch.zeros(distance.shape, dtype=self.embeddings.dtype)
+        mask.masked_fill_((distance < 0) | (distance >= self.window), -torch.inf)
         return mask.repeat_interleave(self.shape.repeats, 0)
 
-    def _refresh(self) -> None:
-        for layer in self.layers:
-            for projection in layer.projections:
-                projection.refresh()
+    def refresh(self) -> None:
+        """Take over the adapter's present values."""
+        with self._lock:  # a second thread must not go on before the first has written them
+            changed = [projection.refresh() for layer in self.layers for projection in layer.projections]
+            self.version += any(changed)
+
+    def _is_disabled(self) -> bool:
+        states = {adapter.disable_adapters for layer in self.layers for part in layer.projections for adapter in part.adapters if adapter}
+        if len(states) > 1:
+            raise RuntimeError("some of the adapter's layers are disabled and others aren't")
+        return True in states
 
     @contextmanager
     def _tape(self) -> Iterator[Tape]:
         """A tape for a forward that keeps nothing; these are apart, since their rows are longer."""
-        tape = self._short_tapes.pop() if self._short_tapes else Tape()
-        yield tape
-        self._short_tapes.append(tape)
+        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be written outside of it
+            tape = _take(self._short_tapes)
+            yield tape
+            self._short_tapes.append(tape)
 
     def _lower(self, tree: Tree, run: Pass) -> Tensor:
         run.tape.fit(len(tree.tokens))
@@ -481,13 +544,20 @@ class LlamaTrunk:
         return gradients
 
 
+def _take(tapes: list[Tape]) -> Tape:
+    try:  # not asked first: another thread may take the last one meanwhile
+        return tapes.pop()
+    except IndexError:
+        return Tape()
+
+
 class _Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trunk: LlamaTrunk, tree: Tree, lower: Tensor | None, *parameters: Tensor) -> Tensor:
-        run = Pass(trunk.geometry(tree), trunk._tapes.pop() if trunk._tapes else Tape(), adapted=True)
+        run = Pass(trunk.geometry(tree), _take(trunk._tapes), adapted=True)
         final = trunk._final(trunk._upper(tree, run, trunk._lower(tree, run) if lower is None else lower, keep=True), tree)
         ctx.trunk, ctx.tree, ctx.run, ctx.final = trunk, tree, run, replace(final, hidden=final.hidden.clone())
-        ctx.save_for_backward(*parameters)
+        ctx.version = trunk.version
         return final.hidden
 
     @staticmethod
@@ -496,6 +566,9 @@ class _Hidden(torch.autograd.Function):
         trunk, run = ctx.trunk, ctx.run
         if run is None:
             raise RuntimeError("the buffers of this forward have been given back: it can be differentiated only once")
+        trunk.refresh()
+        if trunk.version != ctx.version:
+            raise RuntimeError("the adapter has been changed between this forward and its backward")
         ctx.run = None
         gradients = trunk._layers_backward(trunk._final_backward(upstream, ctx.final, ctx.tree), run)
         trunk._tapes.append(run.tape)

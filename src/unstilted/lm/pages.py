@@ -2,11 +2,11 @@
 
 import ctypes
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
 
 from torch import Tensor
 
-PAGE = 4096
 DONT_NEED = 4  # MADV_DONTNEED of <sys/mman.h>
 
 
@@ -19,7 +19,7 @@ def give_back(tensor: Tensor) -> None:
     if sys.platform != "linux":
         return
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    first, last = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+    first, last = -(-start // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
     if first < last and _is_weight_file(first, last):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONT_NEED)
 

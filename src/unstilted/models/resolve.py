@@ -5,8 +5,9 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ class BaseModelFiles:
     folder: Path
     """Safetensors, config and tokenizer, as transformers reads them."""
     fingerprint: str
-    """Changes when weights, tokenizer, chat template or (for a hub id) the commit do."""
+    """Changes when weights, tokenizer, chat template, `load` or (for a hub id) the commit do."""
     licence: str
     """As its model card states it, or 'not stated'."""
     licence_url: str = ""
     is_embedded: bool = False
     gguf: Path | None = None
     """The same model in Q8_0 for llama.cpp; only the embedded model has one."""
+    load: str = "auto"
+    """How the weights are to be held in memory, as `model.load` says."""
 
 
 def resolve_model(table: ModelTable, say: Callable[[str], None] = say_on_terminal) -> BaseModelFiles:
@@ -52,8 +55,15 @@ def resolve_model(table: ModelTable, say: Callable[[str], None] = say_on_termina
     An existing folder wins over a hub id of the same spelling. Raises UserError, before any heavy import, for a source in none
     of the three forms, for a folder that lacks something, and when a download fails.
     """
+    files = _resolve(table, say)
+    if table.load == "auto":
+        return files
+    return replace(files, load=table.load, fingerprint=f"{files.fingerprint}-{table.load}")
+
+
+def _resolve(table: ModelTable, say: Callable[[str], None]) -> BaseModelFiles:
     source, revision = table.source, table.revision
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not _is_folder(source):
+    if is_hub_id(source):
         return _from_hub(source, revision)
     if revision:
         raise UserError(f"'{revision}' is set, but only a hub id has revisions.", where="model.revision", do="Leave it empty.")
@@ -74,6 +84,11 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return {f"model: {recipe.model.source}": resolve_model(recipe.model).fingerprint}
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether `source` means a model of the hub: it is spelled 'owner/name', and no folder here is."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not _is_folder(source)
+
+
 def _is_folder(source: str) -> bool:
     """Whether `source` is a folder, or is spelled like one that could be missing."""
     return bool(source) and (
@@ -82,7 +97,7 @@ def _is_folder(source: str) -> bool:
 
 
 def _from_folder(name: str, folder: Path, commit: str = "") -> BaseModelFiles:
-    _check_config(folder)
+    check_config(folder)
     shards = _shards(folder)
     for shard in shards:
         _check_whole(shard)
@@ -96,7 +111,8 @@ def _from_folder(name: str, folder: Path, commit: str = "") -> BaseModelFiles:
     return BaseModelFiles(name, folder, _fingerprint(folder, shards, commit), licence, url)
 
 
-def _check_config(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Raise UserError unless the folder holds the config.json of a model."""
     config = folder / "config.json"
     if not folder.is_dir():
         raise UserError("there is no such folder.", where=str(folder), do="Correct model.source.")
@@ -206,14 +222,29 @@ def _weights_hash(shard: Path) -> str:
 def _from_hub(name: str, revision: str) -> BaseModelFiles:
     """Fetch a hub model into the hub's own cache, or take it from there when the hub can't be reached."""
     from huggingface_hub import snapshot_download
+
+    with _telling_hub_errors(name, revision):
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    return _from_folder(name, folder, commit=folder.name)
+
+
+def fetch_config(name: str, revision: str) -> Path:
+    """A hub model's config.json, alone; raises UserError as `resolve_model` does."""
+    from huggingface_hub import hf_hub_download
+
+    with _telling_hub_errors(name, revision):
+        return Path(hf_hub_download(name, "config.json", revision=revision or None))
+
+
+@contextmanager
+def _telling_hub_errors(name: str, revision: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, XetDownloadError
 
     transport_error: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this version of the library uses
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        yield
     except (transport_error, OSError, HFValidationError, XetDownloadError) as error:
         raise _hub_error(error, name, revision) from None
-    return _from_folder(name, folder, commit=folder.name)
 
 
 def _hub_error(error: BaseException, name: str, revision: str) -> UserError:

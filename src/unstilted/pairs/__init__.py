@@ -48,9 +48,9 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return {f"pairs: {table.source}": fingerprint}
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> Split:
     """Read, check and split the whole source, and write nothing; raises UserError for all that `run` would refuse."""
-    _prepare(recipe)
+    return _prepare(recipe)[0]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> dict[str, Any]:

@@ -41,6 +41,18 @@ def _charts(points: tuple[TrainPoint, ...]) -> Iterator[Chart]:
         ),
     )
     yield Chart(
+        "kl",
+        "Distance from base (KL, nats a token)",
+        "How far the tuned model's word choices are from base on held-out answers. The less it takes for the same margin, the better.",
+        _lines(_from_zero(_kl_line(points))),
+    )
+    yield Chart(
+        "gradient",
+        "Gradient norm",
+        "Before it is cut to the recipe's max_gradient_norm. Spikes or steady growth: the learning rate is too high.",
+        _lines(Line("gradient", tuple((float(point.step), point.gradient_norm) for point in points), "base")),
+    )
+    yield Chart(
         "rate",
         "Learning rate",
         "The step size that was scheduled, up to where training ended.",
@@ -56,6 +68,11 @@ def _train_line(points: tuple[TrainPoint, ...], value: Callable[[TrainPoint], fl
 def _held_out_line(points: tuple[TrainPoint, ...], label: str, css: str, value: Callable[[HeldOut], float]) -> Line:
     looks = tuple((float(point.step), value(point.held_out)) for point in points if point.held_out is not None)
     return Line(label, looks, css, has_dots=True)
+
+
+def _kl_line(points: tuple[TrainPoint, ...]) -> Line:
+    looks = [(point.step, point.held_out.kl) for point in points if point.held_out is not None]
+    return Line("tuned", tuple((float(step), kl) for step, kl in looks if kl is not None), "tuned", has_dots=True)
 
 
 def _from_zero(line: Line) -> Line:

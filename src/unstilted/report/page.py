@@ -76,6 +76,7 @@ def _values(contents: Contents) -> dict[str, Any]:
         "rows": measured_rows(measures),
         "charts": [(chart, line_chart(chart)) for chart in charts],
         "ending": fact(contents.fact("train", "stopped")),
+        "warnings": _warnings(contents),
         "changed": [_example(row) for row in most_changed(contents.answered, contents.recipe.report.n_examples)],
         "changed_rule": MOST_CHANGED_RULE,
         "worst": [
@@ -89,6 +90,11 @@ def _values(contents: Contents) -> dict[str, Any]:
         "recipe": recipe_toml(contents.recipe),
         "not_measured": NOT_MEASURED,
     }
+
+
+def _warnings(contents: Contents) -> list[str]:
+    warnings = contents.fact("train", "warnings")
+    return [printable(str(text)) for text in warnings] if isinstance(warnings, list) else []
 
 
 def _lead(contents: Contents) -> str:

@@ -1,6 +1,6 @@
 """One file from which a training goes on bit by bit as if it had never stopped."""
 
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,12 +22,11 @@ class Checkpoint:
     """Hash of everything that decides how this training goes; another key means another training."""
     parameters: list[Tensor]
     optimizer: dict[str, Any]
-    rng: dict[str, Any]
     points: list[TrainPoint]
 
     def save(self, path: Path) -> None:
         """Written whole or not at all; it takes the place of the one before."""
-        state = {name: getattr(self, name) for name in ("key", "parameters", "optimizer", "rng")}
+        state = {name: getattr(self, name) for name in ("key", "parameters", "optimizer")}
         with whole_file(path) as part:
             torch.save(state | {"points": [point.model_dump_json() for point in self.points]}, part)
 
@@ -45,19 +44,10 @@ def load_checkpoint(path: Path, key: str) -> Checkpoint | None:
     return Checkpoint(**state, points=points) if state["key"] == key else None
 
 
-def random_state() -> dict[str, Any]:
-    """State of every generator that dropout draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def copy_into(parameters: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    """Take over saved values."""
-    with torch.no_grad():
-        for parameter, value in zip(parameters, saved, strict=True):
-            parameter.copy_(value)
+def clear_parts(path: Path) -> None:
+    """Delete what processes that were killed while writing `path` have left beside it. Only for a folder that one process holds."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink()

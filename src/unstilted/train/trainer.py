@@ -1,28 +1,30 @@
 """The training loop: preference optimization, deterministic, watched on held-out pairs, resumable."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unstilted.errors import UserError
 from unstilted.lm.chat import TokenPair
 from unstilted.lm.score import Scorer, packs
 from unstilted.lm.tree import Request
 from unstilted.losses import NEEDS_REFERENCE, PairLogps, chosen_nll, preference_loss, reward_margin
-from unstilted.models.load import load_model
+from unstilted.models.load import load_model, make_optimizer
 from unstilted.models.resolve import BaseModelFiles
 from unstilted.progress import TrainProgress, say
 from unstilted.recipe import TrainTable
 from unstilted.records import HeldOut, TrainPoint
-from unstilted.train.adapter import add_adapter, save_adapter, scale_adapter
-from unstilted.train.checkpoint import Checkpoint, copy_into, load_checkpoint, random_state, set_random_state
-from unstilted.train.guards import stop_reason
+from unstilted.train.adapter import Tuned, keeps_base, tune
+from unstilted.train.checkpoint import Checkpoint, load_checkpoint
+from unstilted.train.distributed import Share, make_team
+from unstilted.train.divergence import N_PAIRS, Divergence
+from unstilted.train.guards import loss_margin, require_finite_gradient, require_finite_losses, stop_reason, training_warnings
 from unstilted.train.references import References
 from unstilted.train.schedule import batches, learning_rate
 
@@ -41,57 +43,85 @@ class Outcome:
 class Trainer:
     """Holds model, optimizer and schedule of one training."""
 
-    def __init__(self, settings: TrainTable, seed: int, files: BaseModelFiles, references: Path | None = None) -> None:
-        """references: where reference log-probabilities are kept on disk; None keeps them in memory."""
-        from accelerate import Accelerator
+    def __init__(
+        self, settings: TrainTable, seed: int, files: BaseModelFiles, references: Path | None = None, pairs: Sequence[TokenPair] = ()
+    ) -> None:
+        """references: where reference log-probabilities are kept on disk; None keeps them in memory.
+
+        pairs: all that will be trained on or looked at. Read only where the training changes the base itself (all weights, PiSSA):
+        their references are computed before it does.
+        """
         from accelerate.utils import set_seed
 
         set_seed(seed)
-        self.settings, self.seed, self.points = settings, seed, list[TrainPoint]()
+        self.settings, self.seed, self.files, self.points = settings, seed, files, list[TrainPoint]()
         self._map: Callable[..., Iterator[Any]] = map
-        self.accelerator = Accelerator()
-        self.model = add_adapter(load_model(files), settings)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
-        self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.scorer = Scorer(self.model)
-        self.references = References(references, files.fingerprint, str(self.model.dtype))
+        self.team = make_team(settings, files)
+        model = load_model(files, wide=settings.tuning == "full")
+        self.references = References(references, files.fingerprint, str(model.dtype))
+        self._has_base = True
+        if not keeps_base(settings) and not self.team.is_sharded:
+            # by hand only below an adapter: weights that are trained and saved must not be views into larger ones
+            self._ask_base(Scorer(model.to(self.team.accelerator.device), by_hand=settings.tuning == "lora"), pairs)
+        self.tuned = tune(model, settings, files)
+        self.model = self.tuned.model
+        self.model, self.optimizer = self.team.prepare(self.model, make_optimizer(_trained(self.model), settings))
+        self.parameters = _trained(self.model)
+        self.scorer = self.team.scorer(self.model, settings)
+        if not keeps_base(settings) and self.team.is_sharded:  # one device can't hold the base; it is what it was until the first step
+            self._ask_base(self.scorer, pairs)
+        self.divergence = Divergence(self.scorer, keeps_base(settings))
 
     @property
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def train(self, pairs: list[TokenPair], held_out: list[TokenPair], checkpoint: Path, key: str) -> str:
-        """Train to the end or to a stop rule, and say in words which it was. Goes on from `resume`d points."""
+    def train(
+        self,
+        pairs: list[TokenPair],
+        held_out: list[TokenPair],
+        checkpoint: Path | None,
+        key: str,
+        log: Callable[[TrainPoint], None] = lambda point: None,
+    ) -> str:
+        """Train to the end or to a stop rule, and say in words which it was. Goes on from `resume`d points; `log` gets each new one.
+
+        checkpoint: None on all but the main process.
+        Raises UserError when a loss or a gradient is no number; the last checkpoint then stays.
+        """
         order = batches(len(pairs), self.settings.batch_size, self.settings.n_epochs, self.seed)
-        self.references.load([*pairs, *held_out])
+        self._load_references([*pairs, *held_out])
         with TrainProgress(len(order), self.settings.batch_size) as progress, self.working():
             for step in range(len(self.points), len(order)):
                 point = self._step(step, [pairs[index] for index in order[step]], len(order))
                 if (step + 1) % self.settings.eval_every == 0 or step + 1 == len(order):
                     point = point.model_copy(update={"held_out": self.evaluate(held_out)})
+                n_warnings = len(self.warnings(len(held_out)))
                 self.points.append(point)
                 progress.show(point)
+                log(point)
+                for warning in self.warnings(len(held_out))[n_warnings:]:
+                    say(f"  Warning: {warning}")
                 if point.held_out is not None:
-                    reason = stop_reason(point.held_out, self.settings)
+                    reason: str = self.team.from_main(stop_reason(point.held_out, self.settings))
                     if reason:
                         return reason
                     self._save_checkpoint(checkpoint, key)
         return "all pairs seen"
+
+    def warnings(self, n_held_out: int) -> list[str]:
+        """What this training's looks at `n_held_out` pairs gave reason to warn of."""
+        return training_warnings(self.points, self.settings, n_held_out)
 
     def _step(self, step: int, batch: list[TokenPair], n_steps: int) -> TrainPoint:
         rate = learning_rate(step, n_steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         outcome = self.learn(batch)
-        for pair, loss in zip(batch, outcome.loss.tolist(), strict=True):
-            if not abs(loss) < float("inf"):
-                raise UserError(
-                    f"the loss of pair '{pair.id}' is {loss}.",
-                    where=f"train, step {step + 1}",
-                    do="Lower train.learning_rate; the last checkpoint is kept.",
-                )
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_gradient_norm)
+        ids, where = [pair.id for pair in batch], f"train, step {step + 1}"
+        require_finite_losses(ids, outcome.loss, where, self.points, self.settings)
+        norm = self.team.clip(self.parameters, self.settings.max_gradient_norm)
+        require_finite_gradient(ids, norm, where, self.points, self.settings)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = self.points[-1].n_pairs if self.points else 0
@@ -102,26 +132,33 @@ class Trainer:
             loss=float(outcome.loss.mean()),
             margin=float(outcome.margin.mean()),
             learning_rate=rate,
-            gradient_norm=float(norm),
+            gradient_norm=norm,
         )
 
     def learn(self, batch: Sequence[TokenPair]) -> Outcome:
         """Give the parameters the gradient of the batch's mean loss, in which every pair weighs the same however they are packed."""
         self.model.train()
-        if not self.scorer.shares_trunk:
+        if not (self._has_base and self.scorer.shares_trunk):
             self._complete_references(batch)
-        total: list[Tensor] = []
-        outcomes = list[Outcome]()
-        # In this order, whatever ends first: a sum of floats depends on it.
-        for outcome, gradients in self._map(lambda part: self._gradients(part, len(batch)), self._packed(batch)):
-            outcomes.append(outcome)
-            total = [one.add_(other) for one, other in zip(total, gradients, strict=True)] if total else list(gradients)
-        for parameter, gradient in zip(self.parameters, total, strict=True):
-            parameter.grad = gradient
+        parts = self._packed(batch)
+        mine = self.team.own(parts)
+        total, learnt = self.team.gradient_sum(self.parameters), list[tuple[Any, ...]]()
+        for seen, gradients in self._map(lambda share: self._gradients(parts[share.part], share, len(batch)), mine):
+            total.add(gradients)
+            learnt.append(seen)
+        total.finish()
+        learnt = self.team.join(mine, learnt)
+        for part, (_, _, base_scores) in zip(parts, learnt, strict=True):
+            if part[0] not in self.references:  # another process computed them
+                self.references.add(part, base_scores)
         self.references.flush()
-        return Outcome(torch.cat([outcome.loss for outcome in outcomes]), torch.cat([outcome.margin for outcome in outcomes]))
+        return Outcome(torch.cat([loss for loss, _, _ in learnt]), torch.cat([margin for _, margin, _ in learnt]))
 
-    def _gradients(self, part: Sequence[TokenPair], n_pairs: int) -> tuple[Outcome, tuple[Tensor, ...]]:
+    def _gradients(self, part: Sequence[TokenPair], share: Share, n_pairs: int) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Loss, margin and, if they are new, base scores of a pack of a batch of n_pairs; and its gradients."""
+        if self.settings.dropout:
+            torch.manual_seed(_dropout_seed(self.seed, len(self.points), share.part))
+        base_scores = list[list[Tensor]]()
         if all(pair in self.references for pair in part):
             policy = self._policy(part)
         else:
@@ -129,10 +166,14 @@ class Trainer:
             policy = _pair_logps(scores)
             self.references.add(part, base_scores)
         loss, margin = self._loss(part, policy)
-        return Outcome(loss.detach(), margin.detach()), torch.autograd.grad(loss.sum() / n_pairs, self.parameters)
+        gradients = self.team.differentiate(loss.sum() * share.counts / n_pairs, self.parameters)
+        return (loss.detach(), margin.detach(), base_scores), gradients
 
     def _policy(self, part: Sequence[TokenPair]) -> PairLogps:
-        return _pair_logps(self.scorer.token_logps(_requests(part)))
+        return _pair_logps(self._scores(part))
+
+    def _scores(self, part: Sequence[TokenPair]) -> list[list[Tensor]]:
+        return self.scorer.token_logps(_requests(part))
 
     def _reference(self, part: Sequence[TokenPair]) -> PairLogps:
         logps = _pair_logps([self.references[pair] for pair in part])
@@ -153,11 +194,26 @@ class Trainer:
         )
         return loss + settings.nll_weight * chosen_nll(policy), reward_margin(settings.loss, policy, reference, beta=settings.beta)
 
+    def _load_references(self, pairs: Sequence[TokenPair]) -> None:
+        """Take those that are known; the main process has them on its disk."""
+        self.references.load(pairs)
+        self.references.known = self.team.from_main(self.references.known)
+
+    def _ask_base(self, scorer: Scorer, pairs: Sequence[TokenPair]) -> None:
+        """Compute the references of all pairs by the base model, which is gone afterwards."""
+        self._load_references(pairs)
+        self.scorer = scorer
+        with self.working():
+            self._complete_references(pairs)
+        self._has_base = False
+
     def _complete_references(self, pairs: Iterable[TokenPair]) -> None:
         """Compute the references that are missing, with the adapter off and without dropout."""
         missing = [pair for pair in pairs if pair not in self.references]
+        if missing and not self._has_base:
+            raise ValueError(f"the base model is gone, and pair {missing[0].id!r} was not among the trainer's `pairs`")
         parts = self._packed(missing, WATCHING)
-        for part, scores in zip(parts, self._map(self._base_scores, parts), strict=True):
+        for part, scores in zip(parts, self.team.each(self._base_scores, parts, self._map), strict=True):
             self.references.add(part, scores)
         self.references.flush()
 
@@ -166,47 +222,67 @@ class Trainer:
 
     def _packed(self, pairs: Sequence[TokenPair], times: int = 1) -> list[list[TokenPair]]:
         """Pairs as they share forwards of `times` the usual number of tokens."""
-        return [[pairs[index] for index in pack] for pack in packs(_requests(pairs), times * self.settings.tokens_per_forward)]
+        parts = [[pairs[index] for index in pack] for pack in packs(_requests(pairs), times * self.settings.tokens_per_forward)]
+        return self.team.spread(parts, self.scorer)
 
     @torch.no_grad()
     def evaluate(self, pairs: list[TokenPair]) -> HeldOut:
-        """Means over held-out pairs, dropout off."""
+        """Means over held-out pairs, dropout off. Raises UserError when one of them has a loss that is no number."""
         self.model.eval()
         self._complete_references(pairs)
-        policy = list(self._map(torch.no_grad()(self._policy), self._packed(pairs, WATCHING)))  # threads have a gradient mode of their own
-        joined = PairLogps(*(torch.cat([getattr(part, side.name) for part in policy]) for side in fields(PairLogps)))
-        loss, margin = self._loss(pairs, joined)
+        n_watched = N_PAIRS if self.divergence.is_known else 0
+        # threads have a gradient mode of their own
+        watched = self.team.each(torch.no_grad()(self.divergence.look), self._packed(pairs[:n_watched], WATCHING), self._map)
+        others = self.team.each(torch.no_grad()(self._scores), self._packed(pairs[n_watched:], WATCHING), self._map)
+        policy = _pair_logps([pair for scores in (*(scores for scores, _ in watched), *others) for pair in scores])
+        loss, margin = self._loss(pairs, policy)
+        where = f"train, held-out pairs at step {self.points[-1].step + 1 if self.points else 1}"
+        require_finite_losses([pair.id for pair in pairs], loss, where, self.points, self.settings)
         reference = self._reference(pairs)
+        argument = loss_margin(policy, reference, self.settings)
         return HeldOut(
             loss=float(loss.mean()),
             margin=float(margin.mean()),
             accuracy=float((margin > 0).float().mean()),
-            chosen_logp_change=float((joined.chosen - reference.chosen).mean()),
-            rejected_logp_change=float((joined.rejected - reference.rejected).mean()),
+            chosen_logp_change=float((policy.chosen - reference.chosen).mean()),
+            rejected_logp_change=float((policy.rejected - reference.rejected).mean()),
+            loss_margin=None if argument is None else float(argument.mean()),
+            kl=float(torch.cat([kl for _, kl in watched]).mean()) if watched else None,
         )
 
     def scale(self, held_out: list[TokenPair]) -> HeldOut:
         """Turn the adapter down to `strength` and look at the held-out pairs once more."""
-        scale_adapter(self.accelerator.unwrap_model(self.model), self.settings.strength)
+        self.team.put_away(self.model)
+        self.tuned.scale(self.settings.strength)
         return self.evaluate(held_out)
 
-    def save(self, folder: Path) -> None:
-        save_adapter(self.accelerator.unwrap_model(self.model), folder)
-
-    def resume(self, checkpoint: Path, key: str) -> None:
-        """Take up a checkpoint of exactly this training; any other is left alone."""
-        saved = load_checkpoint(checkpoint, key)
-        if saved is None:
+    def save(self, folder: Path | None) -> None:
+        """Write what was tuned; on all but the main process `folder` is None."""
+        whole, tuned = self.team.whole([parameter.detach() for parameter in self.parameters]), self.tuned
+        if folder is None:
             return
-        copy_into(self.parameters, saved.parameters)
-        self.optimizer.load_state_dict(saved.optimizer)
-        set_random_state(saved.rng)
-        self.points = list(saved.points)
+        if self.team.is_sharded:  # nothing writes a model in pieces: put what was learnt into a whole one
+            tuned = tune(load_model(self.files, wide=self.settings.tuning == "full"), self.settings, self.files)
+            for parameter, value in zip(_trained(tuned.model), whole, strict=True):
+                parameter.data.copy_(value)
+            if isinstance(tuned, Tuned):
+                tuned.model.peft_config = self.tuned.model.peft_config
+        tuned.save(folder)
+
+    def resume(self, checkpoint: Path | None, key: str) -> None:
+        """Take up a checkpoint of exactly this training, which the main process has; any other is left alone."""
+        saved = load_checkpoint(checkpoint, key) if checkpoint is not None else None
+        points = self.team.from_main(saved and saved.points)
+        if points is None:
+            return
+        self.team.hand_out(saved, self.parameters, self.optimizer)
+        self.points = list(points)
         say(f"Going on from step {len(self.points)} of an earlier training.")
 
-    def _save_checkpoint(self, checkpoint: Path, key: str) -> None:
-        parameters = [parameter.detach() for parameter in self.parameters]
-        Checkpoint(key, parameters, self.optimizer.state_dict(), random_state(), self.points).save(checkpoint)
+    def _save_checkpoint(self, checkpoint: Path | None, key: str) -> None:
+        parameters, optimizer = self.team.whole([p.detach() for p in self.parameters]), self.team.whole(self.optimizer.state_dict())
+        if checkpoint is not None:
+            Checkpoint(key, parameters, optimizer, self.points).save(checkpoint)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -225,6 +301,10 @@ class Trainer:
             torch.set_num_threads(n_threads)
 
 
+def _trained(model: Any) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _requests(pairs: Sequence[TokenPair]) -> list[Request]:
     return [Request(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs]
 
@@ -234,3 +314,8 @@ def _pair_logps(scores: Sequence[Sequence[Tensor]]) -> PairLogps:
     chosen, rejected = (torch.stack([pair[side].sum() for pair in scores]) for side in (0, 1))
     counts = (torch.tensor([len(pair[side]) for pair in scores], device=chosen.device) for side in (0, 1))
     return PairLogps(chosen, rejected, *counts)
+
+
+def _dropout_seed(seed: int, step: int, pack: int) -> int:
+    """Each pack has dropout of its own, whichever process computes it and wherever a training was taken up."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{step}\0{pack}".encode()).digest()[:8]) >> 1
