@@ -15,7 +15,7 @@ from unstilted.errors import UserError
 from unstilted.lm.chat import TokenPair
 from unstilted.losses import NEEDS_REFERENCE, TAKES_LABEL_SMOOTHING, PairLogps, odds_ratio_loss, preference_loss, reward_margin
 from unstilted.models.resolve import BaseModelFiles
-from unstilted.recipe import WITHOUT_LABEL_SMOOTHING, LossName, Recipe, TrainTable, recipe_from
+from unstilted.recipe import WITHOUT_LABEL_SMOOTHING, WITHOUT_REFERENCE, LossName, Recipe, TrainTable, recipe_from
 from unstilted.records import HeldOut, Message, Pair, TrainPoint, read_jsonl, write_jsonl
 from unstilted.rundir import RunDir
 from unstilted.train.guards import (
@@ -170,6 +170,7 @@ def test_label_smoothing_with_a_loss_that_has_none_is_refused_where_it_is_writte
         str(refused.value) == "recipe line 3: 'train.label_smoothing' is 0.1: hinge, ipo, orpo have no label smoothing. Change the value."
     )
     assert recipe_from({"train": {"loss": "robust", "label_smoothing": 0.1}}).train.label_smoothing == 0.1
+    assert set(WITHOUT_REFERENCE) == set(LOSSES) - NEEDS_REFERENCE
     assert set(WITHOUT_LABEL_SMOOTHING) == set(LOSSES) - TAKES_LABEL_SMOOTHING
 
 

@@ -17,11 +17,12 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from unstilted.errors import UserError
-from unstilted.recipe import Recipe, ReportTable
+from unstilted.recipe import LossName, Recipe, ReportTable
 from unstilted.records import ARMS, Estimate, Gate, HeldOut, Measure, Measures, Message, Pair, Response, Score, TrainPoint, write_jsonl
 from unstilted.report import run
 from unstilted.report.card import licence_id, markdown, yaml_string
 from unstilted.report.contents import Answer, Answered
+from unstilted.report.curves import training_charts
 from unstilted.report.examples import most_changed, worst
 from unstilted.report.lettering import clip, one_line, text_width, wrap
 from unstilted.report.plots import Mark, apart, moving_mean, nice_ticks, voice_axis
@@ -156,6 +157,8 @@ def invented_curve(n_steps: int = 58) -> list[TrainPoint]:
             accuracy=min(1.0, 0.5 + 2 * done),
             chosen_logp_change=9 * done - 3 * done**2,
             rejected_logp_change=-36 * done**1.4,
+            loss_margin=0.94 * margin,
+            kl=0.3 * done**1.2,
         )
         points.append(
             TrainPoint(
@@ -165,7 +168,7 @@ def invented_curve(n_steps: int = 58) -> list[TrainPoint]:
                 loss=2.9 - 0.9 * done + float(rng.normal(0, 0.12)),
                 margin=margin + float(rng.normal(0, 0.3)),
                 learning_rate=2e-4 * min(step / 4, 0.5 * (1 + np.cos(np.pi * done))),
-                gradient_norm=1.0,
+                gradient_norm=1.6 + float(rng.gamma(2, 0.4)),
                 held_out=held if step % 8 == 0 or step == n_steps else None,
             )
         )
@@ -186,6 +189,7 @@ def invented_manifest() -> dict[str, Any]:
             "n_parameters_trained": 1221120,
             "n_steps": 58,
             "stopped": "all pairs seen",
+            "warnings": ["step 8: all 48 held-out pairs are told apart after 64 pairs: something on the surface is enough for that."],
             "too_long": [],
             "peak_memory_gb": 2.31,
         },
@@ -554,9 +558,45 @@ def test_text_colours_reach_wcag_aa_in_light_and_dark(finished_run: Path) -> Non
             assert all(contrast(colours[ink], colours[ground]) >= 4.5 for ground in ("paper", "tint", "band"))
 
 
+def test_what_training_warned_of_stands_above_its_curves(small_run: RunDir) -> None:
+    warning = 'step 8: something <b>odd</b> "happened".'
+    manifest = invented_manifest()
+    manifest["stages"]["train"]["facts"]["warnings"] = [warning]
+    small_run.file("manifest.json").write_text(json.dumps(manifest))
+    run(Recipe(), small_run)
+    html = page(small_run.path)
+    shown = html.index("<li><b>Warning:</b> step 8: something &lt;b&gt;odd&lt;/b&gt;")
+    assert html.index('id="training"') < shown < html.index('aria-labelledby="loss-title')
+    manifest["stages"]["train"]["facts"]["warnings"] = []
+    small_run.file("manifest.json").write_text(json.dumps(manifest))
+    run(Recipe(), small_run)
+    assert "Warning:" not in page(small_run.path)
+
+
+def test_curves_start_at_0_only_where_base_is_what_they_are_measured_against() -> None:
+    def starts(loss: LossName) -> dict[str, float]:
+        return {chart.key: line.points[0][0] for chart in training_charts(tuple(invented_curve()), loss) for line in chart.lines[-1:]}
+
+    assert starts("sigmoid") == {"loss": 8, "margin": 0, "accuracy": 0, "logps": 0, "kl": 0, "gradient": 1, "rate": 1}
+    assert starts("simpo") == starts("sigmoid") | {"margin": 8, "accuracy": 8}
+
+
+def test_divergence_that_was_not_measured_has_no_plot(small_run: RunDir) -> None:
+    points = [
+        point.model_copy(update={"held_out": point.held_out and point.held_out.model_copy(update={"kl": None})})
+        for point in invented_curve()
+    ]
+    run(Recipe(), small_run)
+    assert 'id="kl-title"' in page(small_run.path)
+    write_jsonl(small_run.file("train.jsonl"), points)
+    run(Recipe(), small_run)
+    assert 'id="kl-title"' not in page(small_run.path)
+    assert 'id="gradient-title"' in page(small_run.path)
+
+
 def test_plots_are_well_formed_and_speak(finished_run: Path) -> None:
     plots = re.findall(r"<svg.*?</svg>", page(finished_run), re.DOTALL)
-    assert len(plots) == 2 + 4
+    assert len(plots) == 2 + 7
     for plot in plots:
         tree = ElementTree.fromstring(plot)
         title, description = tree[0], tree[1]

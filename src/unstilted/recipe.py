@@ -21,6 +21,8 @@ STYLE_PROMPT = (
 LossName = Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "simpo", "orpo"]
 WITHOUT_LABEL_SMOOTHING: tuple[LossName, ...] = ("hinge", "ipo", "orpo")
 """Losses that have no form for pairs whose two sides are swapped now and then."""
+WITHOUT_REFERENCE: tuple[LossName, ...] = ("simpo", "orpo")
+"""Losses that don't compare with the base model, so that their margin doesn't start at 0."""
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from unstilted.recipe import WITHOUT_REFERENCE, LossName
 from unstilted.records import HeldOut, TrainPoint
 from unstilted.report.plots import Chart, Line, moving_mean
 
@@ -10,12 +11,16 @@ WINDOW = 5
 """Steps in the moving mean of noisy batch figures."""
 
 
-def training_charts(points: tuple[TrainPoint, ...]) -> list[Chart]:
+def training_charts(points: tuple[TrainPoint, ...], loss: LossName) -> list[Chart]:
     """Small multiples over optimizer steps; a plot without a value is left out."""
-    return [chart for chart in _charts(points) if chart.lines]
+    return [chart for chart in _charts(points, loss) if chart.lines]
 
 
-def _charts(points: tuple[TrainPoint, ...]) -> Iterator[Chart]:
+def _charts(points: tuple[TrainPoint, ...], loss: LossName) -> Iterator[Chart]:
+    margin = _held_out_line(points, "held-out", "tuned", lambda held: held.margin)
+    accuracy = _held_out_line(points, "held-out", "tuned", lambda held: held.accuracy)
+    if loss not in WITHOUT_REFERENCE:  # against base no margin is above 0 yet
+        margin, accuracy = _from_zero(margin), _from_zero(accuracy)
     yield Chart(
         "loss",
         "Loss",
@@ -26,10 +31,13 @@ def _charts(points: tuple[TrainPoint, ...]) -> Iterator[Chart]:
         "margin",
         "Margin (nats, times beta)",
         f"Above 0 the model prefers the human-like answer more than base does. Training: mean of {WINDOW} steps.",
-        _lines(
-            _train_line(points, lambda point: point.margin),
-            _from_zero(_held_out_line(points, "held-out", "tuned", lambda held: held.margin)),
-        ),
+        _lines(_train_line(points, lambda point: point.margin), margin),
+    )
+    yield Chart(
+        "accuracy",
+        "Held-out pairs told apart (share)",
+        "Pairs whose margin is above 0. At 1 after a few steps the two sides differ on the surface, and this says no more.",
+        _lines(accuracy),
     )
     yield Chart(
         "logps",

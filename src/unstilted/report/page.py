@@ -64,7 +64,7 @@ def environment() -> Environment:
 
 def _values(contents: Contents) -> dict[str, Any]:
     measures = contents.measures
-    charts = training_charts(contents.points)
+    charts = training_charts(contents.points, contents.recipe.train.loss)
     return {
         "title": printable(contents.recipe.report.title),
         "lead": _lead(contents),
