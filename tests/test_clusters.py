@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.special import expit
@@ -84,6 +84,7 @@ def test_votes_without_any_difference_give_no_interval_and_no_votes_nothing() ->
 voting = st.integers(0, 10_000).map(np.random.default_rng)
 
 
+@settings(deadline=None)
 @given(voting)
 def test_the_interval_mirrors_and_ignores_names_and_the_order_of_votes(generator: np.random.Generator) -> None:
     rater, item = generator.integers(0, 9, 120), generator.integers(0, 7, 120)

@@ -41,7 +41,7 @@ def clustered_share(values: Floats, rater: Ints, item: Ints, confidence: float) 
     values, rater, item: shape (N,), integer codes. The variance is the cluster jackknife of both ways minus that of the cells, or
     one way's alone where that is larger; the quantile is Student's with min(R, I) - 1 degrees of freedom. Where all values are 0 or
     all are 1, the bound is Clopper & Pearson's with min(R, I) for the number of trials.
-    Cameron, Gelbach & Miller 2011, eq. 2.11; MacKinnon, Nielsen & Webb 2024, "Jackknife inference with two-way clustering".
+    Cameron, Gelbach & Miller 2011; MacKinnon, Nielsen & Webb 2024, "Jackknife inference with two-way clustering".
     """
     if not len(values):
         return None
@@ -122,7 +122,7 @@ class Sandwich:
 def sandwich(scores: csr_array, inverse_information: Floats, rater: Ints, item: Ints) -> Sandwich:
     """Two-way cluster-robust covariance of estimates whose per-vote scores, shape (N, P), sum to 0.
 
-    inverse_information: shape (P, P). Each way is scaled by G / (G - 1). Cameron, Gelbach & Miller 2011, eq. 2.11 and 2.13.
+    inverse_information: shape (P, P). Each way is scaled by G / (G - 1). Cameron, Gelbach & Miller 2011.
     """
     rater, item = _dense(rater), _dense(item)
     cell = _dense(rater.astype(np.int64) * (int(item.max()) + 1) + item)
