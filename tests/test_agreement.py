@@ -171,6 +171,7 @@ def test_one_category_is_perfect_agreement_and_single_ratings_are_none() -> None
     values = agreement(Ratings(np.repeat(np.arange(4), 4), np.zeros(16, int), np.tile(np.arange(4), 4), 2), 0.95)
     assert values is not None
     assert [values[name].value for name in COEFFICIENTS] == [1, 1, 1, 1]
+    assert (values["ac1"].low, values["ac1"].reason) == (None, "no two units differ")
     assert agreement(Ratings(np.arange(4), np.zeros(4, int), np.arange(4), 2), 0.95) is None
 
 

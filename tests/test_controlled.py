@@ -65,5 +65,5 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         controlled_share(chosen, {**differences, "tokens": 2 * differences["words"]}, rater, item, 0.95)
     with pytest.raises(UserError, match="tell every vote without error"):
         controlled_share((differences["words"] > 0.3).astype(float), differences, rater, item, 0.95)
-    with pytest.raises(UserError, match="1 raters and"):
+    with pytest.raises(UserError, match="too few: 1 rater;"):
         controlled_share(chosen, differences, np.zeros(600, int), item, 0.95)

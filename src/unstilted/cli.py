@@ -13,6 +13,7 @@ from unstilted.files import is_disk_full
 from unstilted.recipe import Recipe, load_recipe, recipe_toml
 
 Settings = Annotated[Recipe, arg(name="")]
+File = Annotated[str, arg(metavar="PATH")]
 STAGE_COMMANDS = ("pairs", "train", "respond", "measure", "report")
 DEFAULT_RUN = Path("runs/default")
 
@@ -51,6 +52,8 @@ def command(words: list[str]) -> None:
     """Parse a command line and do what it says."""
     from tyro.extras import SubcommandApp
 
+    from unstilted.vote.commands import vote_app, with_serve
+
     app = SubcommandApp()
     base = _base_recipe(words)
 
@@ -83,7 +86,9 @@ def command(words: list[str]) -> None:
     for name in STAGE_COMMANDS:
         app.command(name=name)(_stage_command(name, base, words))
     app.command(recipe)
-    app.cli(prog="unstilted", description=DESCRIPTION, args=words)
+    app.command(tally)
+    app.command(vote_app(), name="vote", help="Serve a blind vote on a run's answers, and look after it.")
+    app.cli(prog="unstilted", description=DESCRIPTION, args=with_serve(words))
 
 
 DESCRIPTION = "Make a chat model talk like a thoughtful person, and prove what that gained and what it cost."
@@ -103,6 +108,38 @@ def _stage_command(name: str, base: Recipe, words: list[str]) -> Callable[..., N
         settings: The recipe's settings.
     """
     return stage
+
+
+def tally(
+    run: Positional[File] = "",
+    /,
+    votes: File = "",
+    json: File = "",
+    arm: str = "",
+    confidence: float = 0.95,
+) -> None:
+    """Tell what the votes say and how sure that is: of a run folder, or of anybody's votes in a file.
+
+    Args:
+        run: The run folder; its votes are counted and `tally.json` is written into it.
+        votes: A CSV or JSONL file with the columns rater, item, left, right, winner (left, right, tie, both_bad); see docs/votes.md.
+        json: Where to write all results.
+        arm: Whose share is told; left out: tuned, or the first by name.
+        confidence: Of all intervals.
+    """
+    from rich.console import Console
+
+    from unstilted.tally import TallySettings, tally_file, tally_run
+    from unstilted.tally.table import print_tally
+
+    if not 0.5 < confidence < 1:
+        raise UserError(f"--confidence is {confidence:g}.", where="command line", do="It lies between 0.5 and 1, as 0.95.")
+    if bool(run) == bool(votes):
+        raise UserError("one source of votes is needed.", where="command line", do="Name a run folder, or a file with --votes.")
+    settings = TallySettings(confidence=confidence, arm=arm)
+    out = Path(json) if json else None
+    result = tally_run(Path(run), out, settings) if run else tally_file(Path(votes), out, settings)
+    print_tally(result, Console(highlight=False, emoji=False))
 
 
 def _base_recipe(words: list[str]) -> Recipe:

@@ -31,6 +31,8 @@ class Agreed(Record):
     """Standard error from the choice of items."""
     error_raters: float | None
     """Standard error from the choice of raters."""
+    reason: str = ""
+    """Why there is no interval."""
 
 
 def count_categories(unit: Ints, category: Ints, n_categories: int) -> tuple[Floats, Ints]:
@@ -133,14 +135,14 @@ def _alpha_parts(counts: Floats) -> Floats:
 def rater_errors(counts: Floats, row: Ints, category: Ints, rater: Ints) -> dict[Coefficient, float]:
     """Standard errors from the choice of raters, by leaving out one after the other: Gwet 2014, ch. 5.
 
-    row, category, rater: shape (N,), the votes that `counts` counts, each rater once a unit. Takes O(N), not O(R U).
+    row, category, rater: shape (N,), the votes that `counts` counts, each rater once a unit. Takes O(N + U C^2), not O(R U C).
     """
-    without = counts[row]
-    without[np.arange(len(row)), category] -= 1
-    moves = _moments(without) - _moments(counts)[row]
+    moments = _moments(counts)
+    without = np.maximum(counts[:, None, :] - np.eye(counts.shape[1]), 0)
+    moves = (_moments(without) - moments[:, None])[row, category]
     _, place = np.unique(rater, return_inverse=True)
     n_raters = int(place.max()) + 1
-    totals = _moments(counts).sum(axis=0) + np.stack([np.bincount(place, move, n_raters) for move in moves.T], axis=1)
+    totals = moments.sum(axis=0) + np.stack([np.bincount(place, move, n_raters) for move in moves.T], axis=1)
     totals = totals[totals[:, 1] > 0]
     if len(totals) < 2:
         return dict.fromkeys(COEFFICIENTS, 0.0)
@@ -175,8 +177,11 @@ def agreement(ratings: Ratings, confidence: float) -> dict[Coefficient, Agreed] 
 
 def _agreed(value: float, by_items: float, by_raters: float, fewest: int, confidence: float) -> Agreed:
     if fewest < FEWEST:
-        return Agreed(value=value, low=None, high=None, error_items=by_items, error_raters=None)
-    half = -float(stdtrit(fewest - 1, (1 - confidence) / 2)) * (by_items**2 + by_raters**2) ** 0.5
+        return Agreed(value=value, low=None, high=None, error_items=by_items, error_raters=None, reason="too few raters or units")
+    error = (by_items**2 + by_raters**2) ** 0.5
+    if error < 1e-12:
+        return Agreed(value=value, low=None, high=None, error_items=0.0, error_raters=0.0, reason="no two units differ")
+    half = -float(stdtrit(fewest - 1, (1 - confidence) / 2)) * error
     return Agreed(value=value, low=max(-1.0, value - half), high=min(1.0, value + half), error_items=by_items, error_raters=by_raters)
 
 

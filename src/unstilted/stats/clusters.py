@@ -50,7 +50,7 @@ def clustered_share(values: Floats, rater: Ints, item: Ints, confidence: float) 
     share, fewest = float(values.mean()), min(n_raters, n_items)
     about: dict[str, Any] = {"share": share, "n_votes": len(values), "n_raters": n_raters, "n_items": n_items}
     if fewest < FEWEST_CLUSTERS:
-        return Share(**about, low=None, high=None, p_value=None, reason=_too_few(n_raters, n_items))
+        return Share(**about, low=None, high=None, p_value=None, reason=too_few(n_raters, n_items))
     tail = (1 - confidence) / 2
     if share in (0.0, 1.0):
         bound = float(tail ** (1 / fewest))
@@ -66,7 +66,8 @@ def clustered_share(values: Floats, rater: Ints, item: Ints, confidence: float) 
     return Share(**about, low=float(low), high=float(high), p_value=p_value)
 
 
-def _too_few(n_raters: int, n_items: int) -> str:
+def too_few(n_raters: int, n_items: int) -> str:
+    """Why so few raters or items give no interval."""
     few = [f"{n} {name}{'' if n == 1 else 's'}" for n, name in ((n_raters, "rater"), (n_items, "item")) if n < FEWEST_CLUSTERS]
     return f"too few: {' and '.join(few)}; an interval needs {FEWEST_CLUSTERS} of each at least"
 

@@ -7,7 +7,7 @@ from scipy.special import expit, logit
 
 from unstilted.errors import UserError
 from unstilted.records import Record
-from unstilted.stats.clusters import FEWEST_CLUSTERS, Sandwich, sandwich
+from unstilted.stats.clusters import FEWEST_CLUSTERS, Sandwich, sandwich, too_few
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer]
@@ -45,8 +45,7 @@ def controlled_share(chosen: Floats, differences: dict[str, Floats], rater: Ints
     """
     n_raters, n_items = len(np.unique(rater)), len(np.unique(item))
     if min(n_raters, n_items) < FEWEST_CLUSTERS:
-        what = f"there are {n_raters} raters and {n_items} items."
-        raise UserError(what, where="controlled rate", do=f"It needs {FEWEST_CLUSTERS} of each at least.")
+        raise UserError(f"{too_few(n_raters, n_items)}.", where="controlled rate", do="Collect more votes.")
     scales = {name: float(np.sqrt((values**2).mean())) for name, values in differences.items()}
     names = [name for name, scale in scales.items() if scale > 0]
     design = np.column_stack([np.ones(len(chosen))] + [differences[name] / scales[name] for name in names])

@@ -83,6 +83,8 @@ class Votes:
 
     def rows(self, chosen: Mask | Ints) -> "Votes":
         """The chosen votes, with the same codes."""
+        if chosen.dtype == np.bool_ and chosen.all():
+            return self
         parts: dict[str, Any] = {}
         for part in fields(self):
             value = getattr(self, part.name)
@@ -147,10 +149,11 @@ def first_ballots(votes: Votes) -> Mask:
 
     Later ones are repeats: they tell how steady the rater is and count for nothing else.
     """
-    by_time = np.lexsort((np.arange(len(votes)), votes.order))
-    _, first = np.unique(votes.ballot()[by_time], return_index=True)
+    ballot = votes.ballot()
+    by_ballot = np.lexsort((votes.order, ballot)) if votes.order.any() else np.argsort(ballot, kind="stable")
+    starts = np.diff(ballot[by_ballot], prepend=-1) != 0
     is_first = np.zeros(len(votes), dtype=np.bool_)
-    is_first[by_time[first]] = True
+    is_first[by_ballot[starts]] = True
     return is_first
 
 
