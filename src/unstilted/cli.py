@@ -29,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except ValidationError as error:
-        if error.title != Recipe.__name__:  # of a setting in no table; tyro reports the others itself
+        if error.title not in (Recipe.__name__, "PlanSettings"):  # of a setting in no table; tyro reports the others itself
             raise
         first = error.errors()[0]
-        return _refuse(f"--{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}. Change the value.")
+        setting = f"--{first['loc'][0]} is {first['input']!r}: " if first["loc"] else ""
+        return _refuse(f"{setting.replace('_', '-')}{first['msg'].lower().removeprefix('value error, ')}. Change the value.")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "unstilted":
             raise
@@ -87,6 +88,7 @@ def command(words: list[str]) -> None:
         app.command(name=name)(_stage_command(name, base, words))
     app.command(recipe)
     app.command(tally)
+    app.command(name="plan")(_plan_command(words[:1] == ["plan"]))
     app.command(vote_app(), name="vote", help="Serve a blind vote on a run's answers, and look after it.")
     app.cli(prog="unstilted", description=DESCRIPTION, args=with_serve(words))
 
@@ -140,6 +142,29 @@ def tally(
     out = Path(json) if json else None
     result = tally_run(Path(run), out, settings) if run else tally_file(Path(votes), out, settings)
     print_tally(result, Console(highlight=False, emoji=False))
+
+
+def _plan_command(is_asked: bool) -> Callable[..., None]:
+    """Its settings need SciPy, which would slow every other command's start."""
+    if not is_asked:
+        return _plan_unasked
+    from unstilted.plan import PlanSettings, make_plan, print_plan
+
+    def plan(settings: Annotated[PlanSettings, arg(name="")] = PlanSettings()) -> None:  # noqa: B008
+        from rich.console import Console
+
+        print_plan(make_plan(settings), Console(highlight=False, emoji=False))
+
+    plan.__doc__ = f"""{_plan_unasked.__doc__}
+
+    Args:
+        settings: What the vote shall show.
+    """
+    return plan
+
+
+def _plan_unasked() -> None:
+    """Tell how many raters, items and votes a wanted interval or power takes, by simulation."""
 
 
 def _base_recipe(words: list[str]) -> Recipe:
