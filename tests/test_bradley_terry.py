@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unstilted.errors import UserError
-from unstilted.stats.bradley_terry import Battles, Floats, Strengths, Ties, clustered_covariance, fit_bradley_terry, rank_intervals
+from unstilted.stats.bradley_terry import (
+    Battles,
+    Floats,
+    Strengths,
+    Ties,
+    battles_of,
+    clustered_covariance,
+    fit_bradley_terry,
+    rank_intervals,
+)
 from unstilted.stats.votes import Votes, votes_from_rows
 from vote_data import needs_vote_data, reference, vote_file
 
@@ -38,12 +47,21 @@ def test_evalicas_golden_scores_are_reproduced(study: str) -> None:
         rows = list(csv.DictReader(lines))
     with vote_file(f"evalica_{study}-golden.csv").open(encoding="utf-8") as lines:
         golden = {row["item"]: float(row["score"]) for row in csv.DictReader(lines) if row["algorithm"] == "bradley_terry"}
-    names = sorted({row[side] for row in rows for side in ("left", "right")})
-    counts = np.zeros((len(names), len(names), 3))
-    for row in rows:
-        counts[names.index(row["left"]), names.index(row["right"]), ["left", "right", "tie"].index(row["winner"])] += 1
-    fit = fit_bradley_terry(counts, names)
-    assert fit.shares == pytest.approx(np.array([golden[name] for name in names]) / sum(golden.values()), abs=1e-6)
+    battles = battles_of(*([row[column] for row in rows] for column in ("left", "right", "winner")))
+    fit = fit_bradley_terry(battles.counts(), battles.names)
+    assert fit.shares == pytest.approx(np.array([golden[name] for name in battles.names]) / sum(golden.values()), abs=1e-6)
+
+
+def test_battles_are_counted_by_sorted_name_and_an_unknown_winner_is_refused() -> None:
+    battles = battles_of(["c", "a", "c"], ["a", "b", "a"], ["left", "tie", "right"])
+    assert battles.names == ("a", "b", "c")
+    assert {tuple(cell): battles.counts()[tuple(cell)] for cell in np.argwhere(battles.counts()).tolist()} == {
+        (0, 1, 2): 1,
+        (2, 0, 0): 1,
+        (2, 0, 1): 1,
+    }
+    with pytest.raises(UserError, match="the winner is 'draw'"):
+        battles_of(["a"], ["b"], ["draw"])
 
 
 @needs_vote_data
@@ -212,6 +230,9 @@ def test_the_clustered_error_of_two_arms_is_that_of_a_logit() -> None:
     sums = np.bincount(votes.rater.codes, values - share)
     error = ((sums**2).sum() / len(values) ** 2 * 30 / 29) ** 0.5 / (share * (1 - share))
     assert covariance.errors(np.array([[1.0, -1.0]])) == pytest.approx([error])
+    by_rater = clustered_covariance(fit, battles, votes.rater.codes)
+    assert by_rater.errors(np.array([[1.0, -1.0]])) == pytest.approx([error])
+    assert by_rater.df == 29
 
 
 def test_rank_intervals_hold_the_true_ranks_and_the_clustered_error_its_gap() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from unstilted.errors import UserError
-from unstilted.stats.votes import BOTH_BAD, CHUNK, LEFT, RIGHT, TIE, first_ballots, read_votes, votes_from_rows
+from unstilted.stats.votes import BOTH_BAD, CHUNK, LEFT, RIGHT, TIE, first_ballots, read_votes, votes_from_columns, votes_from_rows
 
 HEADER = "rater,item,left,right,winner"
 
@@ -122,6 +122,19 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
 def test_rows_are_named_by_their_number() -> None:
     with pytest.raises(UserError, match="export row 2: 'rater' is empty"):
         votes_from_rows([row(), row(rater=None)], "export")
+
+
+def test_columns_give_the_same_votes_as_rows() -> None:
+    rows = [row(rater=k % 3, winner=winner, left_words=k) for k, winner in enumerate(("left", "tie", "right", "both_bad"))]
+    votes = votes_from_columns({name: [each[name] for each in rows] for name in rows[0]})
+    expected = votes_from_rows(rows)
+    assert (votes.ballot() == expected.ballot()).all()
+    assert (votes.winner == expected.winner).all()
+    assert votes.numbers["left_words"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="there are no votes"):
+        votes_from_columns({})
+    with pytest.raises(UserError, match="frame row 2: 'winner' is 'draw'"):
+        votes_from_columns({**{name: [each[name] for each in rows] for name in rows[0]}, "winner": ["left", "draw", "tie", "tie"]}, "frame")
 
 
 def test_a_numeric_column_with_one_word_in_it_is_text() -> None:

@@ -3,6 +3,7 @@
 Each vote's log-odds for the arm on the left is d = strength of left - strength of right + order effect.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,22 @@ class Battles:
         k = len(self.names)
         cell = (self.left.astype(np.int64) * k + self.right) * 3 + self.outcome
         return np.bincount(cell, minlength=3 * k * k).reshape(k, k, 3).astype(np.float64)
+
+
+def battles_of(left: Sequence[str], right: Sequence[str], winner: Sequence[str]) -> Battles:
+    """Battles from names, with winner `left`, `right` or `tie`; raises UserError for any other winner. Arms are sorted by name."""
+    codes: defaultdict[str, int] = defaultdict()
+    codes.default_factory = codes.__len__
+    sides = [np.fromiter(map(codes.__getitem__, side), np.int64, len(side)) for side in (left, right)]
+    names = tuple(sorted(codes))
+    place = np.empty(len(names), dtype=np.int64)
+    place[[codes[name] for name in names]] = np.arange(len(names))
+    outcomes = {"left": 0, "right": 1, "tie": 2}
+    try:
+        outcome = np.fromiter(map(outcomes.__getitem__, winner), np.int64, len(winner))
+    except KeyError as error:
+        raise UserError(f"the winner is '{error.args[0]}'.", where="Bradley-Terry", do="It must be left, right or tie.") from None
+    return Battles(place[sides[0]], place[sides[1]], outcome, names)
 
 
 @dataclass(frozen=True)
@@ -206,8 +223,8 @@ def outcome_probabilities(d: Floats, ties: Ties, tie: float) -> tuple[Floats, Fl
     return p, np.stack([by_d, by_log_theta * (theta - 1) / theta], 2)
 
 
-def clustered_covariance(fit: Strengths, battles: Battles, rater: Ints, item: Ints) -> Sandwich:
-    """Covariance of the parameters that holds for other raters and items; rater, item: shape (N,)."""
+def clustered_covariance(fit: Strengths, battles: Battles, rater: Ints, item: Ints | None = None) -> Sandwich:
+    """Covariance of the parameters that holds for other raters and, where given, other items; rater, item: shape (N,)."""
     k = len(fit.names)
     d = fit.strengths[battles.left] - fit.strengths[battles.right] + (fit.order_effect or 0.0)
     _, slopes = outcome_probabilities(d, fit.ties, float(fit.parameters[-1]))

@@ -97,14 +97,14 @@ def _dense(codes: Ints) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Sandwich:
-    """Covariances of P parameters by which clusters vary: both ways, raters alone, items alone; shape (3, P, P)."""
+    """Covariances of P parameters by which clusters vary: both ways, raters alone, items alone; or only raters, shape (1, P, P)."""
 
     covariances: Floats
     df: int
-    """Student's degrees of freedom: min(R, I) - 1."""
+    """Student's degrees of freedom: the smallest number of clusters less 1."""
 
     def errors(self, contrasts: Floats) -> Floats:
-        """Standard errors of linear contrasts, shape (C, P) to (C,): the largest of the three variances of each."""
+        """Standard errors of linear contrasts, shape (C, P) to (C,): from the largest variance of each."""
         variances = np.einsum("cp,kpq,cq->kc", contrasts, self.covariances, contrasts)
         errors: Floats = np.sqrt(np.maximum(variances.max(axis=0), 0.0))
         return errors
@@ -120,12 +120,16 @@ class Sandwich:
         return np.where(errors > 0, p_values, 1.0)
 
 
-def sandwich(scores: csr_array, inverse_information: Floats, rater: Ints, item: Ints) -> Sandwich:
-    """Two-way cluster-robust covariance of estimates whose per-vote scores, shape (N, P), sum to 0.
+def sandwich(scores: csr_array, inverse_information: Floats, rater: Ints, item: Ints | None = None) -> Sandwich:
+    """Cluster-robust covariance of estimates whose per-vote scores, shape (N, P), sum to 0: by rater and item, or by rater alone.
 
     inverse_information: shape (P, P). Each way is scaled by G / (G - 1). Cameron, Gelbach & Miller 2011.
     """
-    rater, item = _dense(rater), _dense(item)
+    rater = _dense(rater)
+    if item is None:
+        by_rater = inverse_information @ _meat(scores, rater) @ inverse_information
+        return Sandwich(by_rater[None], int(rater.max()))
+    item = _dense(item)
     cell = _dense(rater.astype(np.int64) * (int(item.max()) + 1) + item)
     by_rater, by_item, by_cell = (inverse_information @ _meat(scores, code) @ inverse_information for code in (rater, item, cell))
     return Sandwich(np.stack([by_rater + by_item - by_cell, by_rater, by_item]), min(int(rater.max()), int(item.max())))

@@ -144,6 +144,11 @@ def votes_from_rows(rows: Iterable[Mapping[str, object]], source: str = "votes")
     return _assemble(_row_chunks(rows), lambda row: f"{source} row {row + 1}", source)
 
 
+def votes_from_columns(columns: Mapping[str, Sequence[Hashable]], source: str = "votes") -> Votes:
+    """Votes from columns of equal length, as of a data frame; raises UserError naming the row (the first is 1)."""
+    return _assemble(iter([columns] if columns else []), lambda row: f"{source} row {row + 1}", source)
+
+
 def first_ballots(votes: Votes) -> Mask:
     """Which votes are a rater's first on their unit, by `order` and then by place in the file; shape (N,).
 
