@@ -45,7 +45,7 @@ class Case:
 
 
 CASES = (
-    Case("the design of DESIGN.md", 40, 50, 20, 0.73, 0.8, 0.6),
+    Case("forty raters, fifty items", 40, 50, 20, 0.73, 0.8, 0.6),
     Case("the same, raters and items alike", 40, 50, 20, 0.73, 0.0, 0.0),
     Case("the same, small differences", 40, 50, 20, 0.73, 0.3, 0.2),
     Case("the same, nearly all agree", 40, 50, 20, 0.95, 1.0, 0.5),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student
 from statsmodels.stats.inter_rater import fleiss_kappa
 
 from unstilted.stats.agreement import (
@@ -165,6 +166,7 @@ def test_intervals_that_include_raters_are_wider_when_raters_differ() -> None:
     alpha = values["alpha"]
     assert alpha.error_raters is not None
     assert alpha.error_raters > 3 * alpha.error_items
+    assert alpha.low == pytest.approx(alpha.value - student.ppf(0.975, 4) * np.hypot(alpha.error_items, alpha.error_raters))
 
 
 def test_one_category_is_perfect_agreement_and_single_ratings_are_none() -> None:

@@ -30,4 +30,4 @@ def test_words_tell_arms_apart_by_style_and_not_by_topic() -> None:
     formal = [f"Certainly, I can assist with {topic}." for topic in topics]
     casual = [f"oh yeah {topic}!" for topic in topics]
     assert words_auc(formal, casual) == 1
-    assert words_auc(topics, topics) <= 0.55
+    assert words_auc(topics, topics) == 0.5  # below it if an item's replies stood in different folds

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from unstilted.stats.sequential import anytime_interval
+from unstilted.stats.sequential import _bets, anytime_interval
 
 
 def rater_shares(generator: np.random.Generator, mean: float, n_raters: int = 150, n_votes: int = 10) -> np.ndarray:
@@ -16,6 +16,25 @@ def test_the_first_bet_is_the_one_worked_out_by_hand() -> None:
     assert after is not None
     assert after.e_value == pytest.approx((1.5 + 0.5) / 2)
     assert (after.low, after.high) == (0, 1)
+    twice = anytime_interval(np.array([1.0, 1.0]), 0.95)
+    assert twice is not None
+    assert twice.e_value == pytest.approx((1.5**2 + 0.5**2) / 2)
+
+
+def test_a_bet_knows_only_the_raters_before_it() -> None:
+    values = rater_shares(np.random.default_rng(3), 0.6)
+    changed = np.concatenate([values[:50], np.zeros(100)])
+    assert _bets(changed, 0.05)[:51] == pytest.approx(_bets(values, 0.05)[:51])
+    assert _bets(changed, 0.05)[51] != pytest.approx(_bets(values, 0.05)[51])
+
+
+def test_what_was_once_ruled_out_stays_so() -> None:
+    values = np.concatenate([np.full(25, 0.9), np.full(25, 0.4)])
+    early, late = anytime_interval(values[:25], 0.95), anytime_interval(values, 0.95)
+    assert early is not None
+    assert late is not None
+    assert 0.5 < early.low <= late.low
+    assert late.decided_after == early.decided_after
 
 
 def test_looking_after_every_rater_is_wrong_in_at_most_five_percent() -> None:

@@ -135,6 +135,18 @@ def test_repeats_tell_steadiness_and_count_for_nothing_else() -> None:
     assert panel.steadiness.share == pytest.approx(24 / 30)
 
 
+def test_votes_taken_back_or_withdrawn_count_nowhere_and_marked_repeats_are_no_exclusion() -> None:
+    rows = study()
+    repeats = [{**row, "order": 20 + k, "excluded": "repeat, shown for self-consistency"} for k, row in enumerate(rows[:30])]
+    taken_back = [{**row, "winner": "both_bad", "excluded": "taken back by the rater"} for row in rows[:9]]
+    withdrawn = [{**row, "rater": "gone", "excluded": "withdrawn by the rater"} for row in rows[:10]]
+    panel = tally(votes_from_rows(taken_back + rows + repeats + withdrawn)).panels[0]
+    assert numbers(panel.questions[0].choices[0]) == numbers(first_question(rows).choices[0])
+    assert panel.questions[0].with_excluded == []
+    assert (panel.n_repeats, panel.steadiness and panel.steadiness.share) == (30, 1)
+    assert [(each.reason, each.n_votes) for each in panel.exclusions] == [("taken back by the rater", 9), ("withdrawn by the rater", 10)]
+
+
 def test_a_judge_that_follows_the_side_is_inconsistent_and_counts_for_nobody() -> None:
     rows = []
     for item in range(10):
@@ -205,8 +217,10 @@ def test_words_that_give_an_arm_away_are_found_in_the_texts() -> None:
         {**row, "left_text": replies[row["left"]].format(row["item"]), "right_text": replies[row["right"]].format(row["item"])}
         for row in study()
     ]
-    (found,) = tally(votes_from_rows(rows)).panels[0].blinding
+    panel = tally(votes_from_rows(rows)).panels[0]
+    (found,) = panel.blinding
     assert found.words_auc == 1
+    assert panel.questions[0].skipped_columns == []
 
 
 def test_three_arms_are_ranked_and_an_arm_that_never_lost_is_kept_finite_and_told() -> None:

@@ -27,6 +27,10 @@ LEFT, RIGHT, TIE, BOTH_BAD = range(4)
 KINDS = ("human", "judge", "simulated")
 REQUIRED = ("rater", "item", "left", "right", "winner")
 OPTIONAL = ("order", "criterion", "stratum", "kind", "excluded")
+REPEATED = "repeat, shown for self-consistency"
+"""In `excluded`: no fault; the vote tells how steady its rater is."""
+TAKEN_BACK, WITHDRAWN = "taken back by the rater", "withdrawn by the rater"
+"""In `excluded`: the rater's own wish; counted in no analysis, also not in the one that includes excluded votes."""
 CHUNK = 1 << 15
 
 

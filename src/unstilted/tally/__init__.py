@@ -10,7 +10,7 @@ import numpy as np
 from unstilted.errors import UserError
 from unstilted.files import write_text
 from unstilted.stats.agreement import agreeing_pairs, count_categories
-from unstilted.stats.votes import KINDS, TIE, Votes, first_ballots, read_votes, votes_from_rows
+from unstilted.stats.votes import KINDS, REPEATED, TAKEN_BACK, TIE, WITHDRAWN, Votes, first_ballots, read_votes, votes_from_rows
 from unstilted.tally import words
 from unstilted.tally.count import (
     MAX_ARMS_IN_PAIRS,
@@ -67,7 +67,9 @@ def _with_arm(settings: TallySettings, arms: tuple[str, ...]) -> TallySettings:
 
 
 def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
-    counts_in = votes.excluded.is_("")
+    n_votes, n_raters, exclusions = len(votes), len(votes.rater.present()), _exclusions(votes)
+    votes = votes.rows(~(votes.excluded.is_(TAKEN_BACK) | votes.excluded.is_(WITHDRAWN)))
+    counts_in = votes.excluded.is_("") | votes.excluded.is_(REPEATED)
     is_guess = votes.criterion.is_(settings.blinding_criterion)
     preferences = votes.rows(~is_guess)
     kept = preferences.rows(counts_in[~is_guess])
@@ -86,10 +88,10 @@ def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
     return Panel(
         kind=KINDS_BY_NAME[kind],
         label=words.LABELS[kind],
-        n_votes=len(votes),
-        n_raters=len(votes.rater.present()),
+        n_votes=n_votes,
+        n_raters=n_raters,
         questions=[_question(name, once, counted, kept, settings) for name in once.criterion.present()] if len(once) else [],
-        exclusions=_exclusions(votes),
+        exclusions=exclusions,
         n_repeats=n_repeats,
         steadiness=steady,
         n_inconsistent=n_inconsistent,
@@ -112,7 +114,7 @@ def _exclusions(votes: Votes) -> list[Exclusion]:
     return [
         Exclusion(reason=reason, n_votes=int(rows.sum()), n_raters=len(votes.rows(rows).rater.present()))
         for reason in votes.excluded.present()
-        if reason
+        if reason not in ("", REPEATED)
         for rows in [votes.excluded.is_(reason)]
     ]
 

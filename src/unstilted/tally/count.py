@@ -1,6 +1,7 @@
 """From votes to the results of one question; every function takes votes of one kind of rater."""
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
@@ -31,6 +32,8 @@ from unstilted.tally.records import (
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+SIDES = ("left_", "right_")
+"""Columns about one reply; they can't group votes."""
 MAX_LEVELS = 20
 """A text column with more values is a name or a remark, not a group."""
 MAX_ARMS_IN_PAIRS = 6
@@ -45,7 +48,7 @@ def question(votes: Votes, counted: Votes, all_votes: Votes, settings: TallySett
     votes: a rater's first on each unit, exclusions left out; counted: with the excluded; all_votes: repeats too, for the sides.
     """
     pairs = _pairs(votes, settings)
-    columns = {"stratum": votes.stratum, **votes.texts}
+    columns = {"stratum": votes.stratum, **{name: column for name, column in votes.texts.items() if not name.startswith(SIDES)}}
     groups = {name: column for name, column in columns.items() if 2 <= len(column.present()) <= MAX_LEVELS}
     return Question(
         criterion=votes.criterion.present()[0],
@@ -309,9 +312,9 @@ def guessing(votes: Votes, arm: str, other: str, confidence: float) -> Guessing:
 
 
 def texts_auc(votes: Votes, arm: str, other: str) -> float | None:
-    """`words_auc` from the columns `left_text` and `right_text`; None without them or with fewer than ten items."""
+    """`words_auc` from the columns `left_text` and `right_text`; None without them, without scikit-learn or below ten items."""
     rows = _between(votes, arm, other)
-    if not {"left_text", "right_text"} <= set(rows.texts):
+    if not {"left_text", "right_text"} <= set(rows.texts) or find_spec("sklearn") is None:
         return None
     _, first = np.unique(rows.item.codes, return_index=True)
     rows = rows.rows(first)
