@@ -1,7 +1,6 @@
 """The admin's page, in English: progress, balance, rater quality, invitations, closing, export. It never shows who is winning."""
 
 import hmac
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from starlette.responses import HTMLResponse, Response
 from unstilted.vote import schema
 from unstilted.vote.ballots import invitation_code
 from unstilted.vote.checking import note_head
-from unstilted.vote.database import Transaction
 from unstilted.vote.export import Vote, rater_quality, study_votes, to_csv, to_pairs, to_parquet
+from unstilted.vote.inviting import note_invitations
 from unstilted.vote.site import Refusal, Site, to
 
 LOGIN_LIFE_S = 8 * 3600
@@ -97,16 +96,6 @@ def admin_routes(site: Site) -> APIRouter:
         return _download(site, name, votes)
 
     return router
-
-
-def note_invitations(transaction: Transaction, stratum: str, number: int) -> int:
-    """Enter new invitations in the log; returns the first one's number, so that none is given out twice."""
-    bodies = transaction.connection.execute(select(schema.audit.c.body).where(schema.audit.c.event == "invited")).scalars()
-    given = [body for body in map(json.loads, bodies) if body["stratum"] == stratum]
-    pending = [body for name, body in transaction.events if name == "invited" and body["stratum"] == stratum]
-    first = 1 + max((int(str(body["first"])) + int(str(body["number"])) - 1 for body in [*given, *pending]), default=0)
-    transaction.record("invited", {"stratum": stratum, "first": first, "number": number})
-    return first
 
 
 def _download(site: Site, name: str, votes: list[Vote]) -> Response:

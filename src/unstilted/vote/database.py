@@ -1,10 +1,11 @@
 """The database: opening, migrating, and all writing of one process through one thread that commits in groups."""
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -15,6 +16,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 
 from unstilted.errors import UserError
+from unstilted.files import whole_file
 from unstilted.vote import schema
 from unstilted.vote.audit import Entry, entry_after
 
@@ -93,8 +95,18 @@ def _begin_deferred(connection: Connection) -> None:
 
 
 def _take_advisory_lock(connection: Connection) -> None:
-    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_WAIT_S:.0f}s'")
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_WAIT_S * 1000:.0f}ms'")
     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+
+
+def back_up(run: Path, file: Path) -> None:
+    """Copy a SQLite database as it is at one moment, also while it is served. Raises UserError for PostgreSQL."""
+    url = stored_url(run)
+    if url.get_backend_name() != "sqlite":
+        raise UserError("these votes are in PostgreSQL.", where=str(run), do="Use pg_dump, which also works while the site is served.")
+    source = sqlite3.connect(f"file:{url.database}?mode=ro", uri=True)
+    with whole_file(file) as part, closing(source), closing(sqlite3.connect(part)) as copy:
+        source.backup(copy)
 
 
 @contextmanager
@@ -157,19 +169,25 @@ class Writer:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time, max_group: int = MAX_GROUP) -> None:
         self._engine, self._clock, self._max_group = engine, clock, max_group
         self._queue: SimpleQueue[tuple[Callable[[Transaction], Any], Future[Any]] | None] = SimpleQueue()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="unstilted-vote-writer", daemon=True)
         self._thread.start()
 
     def submit(self, operation: Callable[[Transaction], T]) -> "Future[T]":
         """Queue an operation. The future raises Unavailable when the database can't save it."""
         future: Future[T] = Future()
-        self._queue.put((operation, future))
+        if self._is_closed:
+            future.set_exception(Unavailable("the site is shutting down"))
+        else:
+            self._queue.put((operation, future))
         return future
 
     def close(self) -> None:
-        """Finish what is queued, then end the thread."""
+        """Finish what is queued, then end the thread and its connection."""
+        self._is_closed = True
         self._queue.put(None)
         self._thread.join()
+        self._engine.dispose()
 
     def _work(self) -> None:
         while (first := self._queue.get()) is not None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
+from unstilted.errors import UserError
+from unstilted.files import whole_file
 from unstilted.style import words
 from unstilted.vote import schema
 from unstilted.vote.assignment import COUNTED
@@ -56,8 +58,9 @@ class RaterQuality:
 
 
 def run_votes(run: Path) -> list[Vote]:
-    """Every vote of a run's study that was ever cast, as rows with the keys of `COLUMNS`, in the order of casting.
+    """Every vote that was ever cast on the arms of a run's study, as rows with the keys of `COLUMNS`, in the order of casting.
 
+    Answers to gold items compare no arms and are not among them; what they led to stands in `excluded`.
     `order` counts a rater's counted pages from 1; `seconds` is empty where the clock was set meanwhile. Raises UserError when there is no
     study or its database can't be read.
     """
@@ -68,6 +71,25 @@ def run_votes(run: Path) -> list[Vote]:
             return study_votes(connection, frozen)
     finally:
         engine.dispose()
+
+
+def export_file(run: Path, file: Path) -> int:
+    """Write a run's votes as the file's ending says; returns the number of rows. Raises UserError for an unknown ending."""
+    votes, frozen = run_votes(run), load_frozen(run)
+    content: bytes
+    match file.suffix:
+        case ".csv":
+            content, n_rows = to_csv(votes).encode(), len(votes)
+        case ".parquet":
+            content, n_rows = to_parquet(votes), len(votes)
+        case ".jsonl":
+            lines = list(to_pairs(votes, frozen))
+            content, n_rows = "".join(f"{line}\n" for line in lines).encode(), len(lines)
+        case _:
+            raise UserError(f"'{file.suffix}' is no format of ours.", where=str(file), do="Use .csv, .parquet or .jsonl.")
+    with whole_file(file) as part:
+        part.write_bytes(content)
+    return n_rows
 
 
 def study_votes(connection: Connection, frozen: FrozenStudy) -> list[Vote]:

@@ -71,6 +71,7 @@ def freeze(run: Path, study_file: Path | None) -> FrozenStudy:
     if not (folder / "preregistration.json").exists():
         study = load_study(study_file) if study_file else _study_beside(run)
         base = study_file.parent if study_file else run
+        folder.mkdir(mode=0o700, exist_ok=True)
         frozen, gold = take_items(study, run, base), read_gold(study, base)
         write_jsonl(folder / "items.jsonl", frozen.items)
         write_jsonl(folder / "gold.jsonl", gold)

@@ -38,7 +38,6 @@ def prepare(run: Path, study_file: Path | None, settings: Settings) -> FrozenStu
             note_head(connection, frozen.folder)
     finally:
         writer.close()
-        engine.dispose()
     store_url(run, url)
     return frozen
 
