@@ -204,6 +204,13 @@ def test_a_side_that_always_wins_is_refused_with_the_order_effect_and_fitted_wit
         fit_games(games, order=True)
 
 
+def test_an_order_effect_that_cannot_be_told_from_strengths_is_refused() -> None:
+    """A only ever stands left of B."""
+    assert fit_games({"AB": (4, 2)}).strengths == pytest.approx([np.log(2) / 2, -np.log(2) / 2])
+    with pytest.raises(UserError, match="the order effect cannot be told from the strengths"):
+        fit_games({"AB": (4, 2)}, order=True)
+
+
 def crowd(generator: np.random.Generator, strengths: Floats, n_raters: int, n_each: int) -> tuple[Votes, Battles]:
     """Raters whose tastes differ from the common strengths by a normal with standard deviation 0.7."""
     rows = []

@@ -247,6 +247,23 @@ def test_arms_that_never_met_are_not_ranked() -> None:
     assert "no votes connect BASE, TUNED | base, tuned" in question.words["ranking"]
 
 
+def test_arms_on_fixed_sides_are_ranked_without_an_order_effect() -> None:
+    generator = np.random.default_rng(10)
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    rows = [
+        {"rater": rater, "item": item, "left": left, "right": right, "winner": ("left", "right")[generator.integers(2)]}
+        for rater in range(6)
+        for item, (left, right) in enumerate(pairs * 4)
+        if (left, right) != ("a", "c")
+    ]
+    ranking = first_question(rows).ranking
+    assert ranking is not None
+    assert len(ranking.arms) == 3
+    assert ranking.left_log_odds is None
+    assert ranking.ridge == 0
+    assert "The order effect is left out." in ranking.note
+
+
 def test_one_rater_is_no_evidence() -> None:
     result = tally(votes_from_rows(study(n_raters=1)))
     assert "no interval: too few: 1 rater" in result.headline
@@ -257,6 +274,36 @@ def test_nothing_but_ties_decides_nothing() -> None:
     result = tally(votes_from_rows([{**row, "winner": "tie"} for row in study()]))
     assert result.headline == "Nobody has decided anything yet: there are no votes with a winner."
     printed(result)
+
+
+anything = st.fixed_dictionaries(
+    {
+        "rater": st.sampled_from("abcd"),
+        "item": st.sampled_from("1234"),
+        "sides": st.permutations(["base", "tuned", "other"]),
+        "winner": st.sampled_from(["left", "right", "tie", "both_bad"]),
+        "order": st.integers(1, 5),
+        "criterion": st.sampled_from(["", "warm", "blinding"]),
+        "kind": st.sampled_from(["human", "human", "judge", "simulated"]),
+        "excluded": st.sampled_from(["", "", "too fast", "repeat, shown for self-consistency", "taken back by the rater"]),
+        "stratum": st.sampled_from(["", "open"]),
+        "left_words": st.sampled_from([0, 3, 9, ""]),
+        "right_words": st.sampled_from([0, 3, -9]),
+        "left_text": st.sampled_from(["yes.", ""]),
+        "right_text": st.just("no"),
+    }
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(anything, min_size=1, max_size=60))
+def test_any_votes_can_be_tallied_and_printed(rows: Rows) -> None:
+    rows = [{**row, "left": row["sides"][0], "right": row["sides"][1]} for row in rows]
+    for row in rows:
+        del row["sides"]
+    result = tally(votes_from_rows(rows))
+    printed(result)
+    assert Tally.model_validate_json(result.model_dump_json()) == result
 
 
 def test_an_arm_that_nobody_voted_on_is_refused() -> None:

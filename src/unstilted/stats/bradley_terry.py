@@ -24,6 +24,7 @@ Ties = Literal["half", "davidson", "rao_kupper"]
 
 MAX_STEPS = 200
 MAX_LOGIT = 25.0
+MAX_CONDITION = 1e11
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,10 @@ class _Model:
         return np.bincount(self.left, flow, self.k).astype(np.float64) - np.bincount(self.right, flow, self.k)
 
     def fit(self) -> Floats:
-        parameters, value = np.zeros(self.n_parameters), -np.inf
+        parameters = np.zeros(self.n_parameters)
+        if np.linalg.cond(self.information(parameters)) > MAX_CONDITION:
+            what = "the order effect cannot be told from the strengths: arms stood on fixed sides."
+            raise UserError(what, where="Bradley-Terry", do="Show each arm on both sides, or leave out the order effect.")
         tolerance = 1e-11 * self.counts.sum()
         for _ in range(MAX_STEPS):
             gradient = self.gradient(parameters)

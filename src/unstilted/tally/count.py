@@ -202,18 +202,19 @@ def ranking(votes: Votes, confidence: float) -> Ranking:
 
 
 def _fit(battles: Battles) -> tuple[Strengths, str]:
-    """A finite fit and what had to be done for it."""
-    counts = battles.counts()
-    try:
-        return fit_bradley_terry(counts, battles.names, "davidson", order=True), ""
-    except UserError as error:
-        note = f"{error.what[0].upper()}{error.what[1:]} A weak prior (standard deviation 3 logits) keeps strengths finite."
-    try:
-        return fit_bradley_terry(counts, battles.names, "davidson", order=True, ridge=WEAK_PRIOR), note
-    except UserError as error:
-        if "separated" not in error.what:
-            raise
-    return fit_bradley_terry(counts, battles.names, "davidson", ridge=WEAK_PRIOR), f"{note} The order effect is left out."
+    """The fullest model that has a finite fit, and what had to be done for it; raises UserError where not even a prior helps."""
+    counts, reason = battles.counts(), ""
+    for ridge in (0.0, WEAK_PRIOR):
+        for order in (True, False):
+            try:
+                fit = fit_bradley_terry(counts, battles.names, "davidson", order=order, ridge=ridge)
+            except UserError as error:
+                reason, failed = reason or error.what, error
+                continue
+            notes = [f"{reason[:1].upper()}{reason[1:]}", "" if order else "The order effect is left out."]
+            notes.append("A weak prior (standard deviation 3 logits) keeps strengths finite." if ridge else "")
+            return fit, " ".join(note for note in notes if note)
+    raise failed
 
 
 def _ranked(fit: Strengths, battles: Battles, votes: Votes, confidence: float | None) -> list[Ranked]:
