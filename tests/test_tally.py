@@ -140,7 +140,12 @@ def test_votes_taken_back_or_withdrawn_count_nowhere_and_marked_repeats_are_no_e
     repeats = [{**row, "order": 20 + k, "excluded": "repeat, shown for self-consistency"} for k, row in enumerate(rows[:30])]
     taken_back = [{**row, "winner": "both_bad", "excluded": "taken back by the rater"} for row in rows[:9]]
     withdrawn = [{**row, "rater": "gone", "excluded": "withdrawn by the rater"} for row in rows[:10]]
+    of_an_excluded_rater = [{**row, "rater": "fast", "excluded": "too fast"} for row in rows[:5]]
+    of_an_excluded_rater += [{**row, "rater": "fast", "order": 50, "excluded": repeats[0]["excluded"]} for row in rows[:5]]
     panel = tally(votes_from_rows(taken_back + rows + repeats + withdrawn)).panels[0]
+    with_fast = tally(votes_from_rows(rows + of_an_excluded_rater)).panels[0].questions[0]
+    assert numbers(with_fast.choices[0]) == numbers(first_question(rows).choices[0])
+    assert len(with_fast.with_excluded) == 1
     assert numbers(panel.questions[0].choices[0]) == numbers(first_question(rows).choices[0])
     assert panel.questions[0].with_excluded == []
     assert (panel.n_repeats, panel.steadiness and panel.steadiness.share) == (30, 1)

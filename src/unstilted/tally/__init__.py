@@ -69,7 +69,10 @@ def _with_arm(settings: TallySettings, arms: tuple[str, ...]) -> TallySettings:
 def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
     n_votes, n_raters, exclusions = len(votes), len(votes.rater.present()), _exclusions(votes)
     votes = votes.rows(~(votes.excluded.is_(TAKEN_BACK) | votes.excluded.is_(WITHDRAWN)))
-    counts_in = votes.excluded.is_("") | votes.excluded.is_(REPEATED)
+    counts_in = votes.excluded.is_("")
+    repeated = votes.excluded.is_(REPEATED)
+    if repeated.any():  # a repeat of a vote that counts; alone it is none
+        counts_in |= repeated & np.isin(votes.ballot(), votes.ballot()[counts_in])
     is_guess = votes.criterion.is_(settings.blinding_criterion)
     preferences = votes.rows(~is_guess)
     kept = preferences.rows(counts_in[~is_guess])
