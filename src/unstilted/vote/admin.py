@@ -15,7 +15,7 @@ from unstilted.vote.ballots import invitation_code
 from unstilted.vote.checking import note_head
 from unstilted.vote.export import Vote, rater_quality, study_votes, to_csv, to_pairs, to_parquet
 from unstilted.vote.inviting import note_invitations
-from unstilted.vote.site import Refusal, Site, to
+from unstilted.vote.site import Refusal, Site, form_of, to
 
 LOGIN_LIFE_S = 8 * 3600
 MAX_INVITATIONS = 500
@@ -34,7 +34,7 @@ def admin_routes(site: Site) -> APIRouter:
             return site.page(request, "admin_login.html", form=site.form_token(""))
         return await _overview(site, request, [])
 
-    @router.post("/login", status_code=303)
+    @router.post("/login", status_code=303, openapi_extra=form_of("form", "token"))
     async def login(request: Request) -> Response:
         if not site.logins.take(request.scope["unstilted_address"]):
             raise Refusal(429, "slow", "/admin")
@@ -54,14 +54,14 @@ def admin_routes(site: Site) -> APIRouter:
         )
         return response
 
-    @router.post("/logout", status_code=303)
+    @router.post("/logout", status_code=303, openapi_extra=form_of("form"))
     async def logout(request: Request) -> Response:
         await _own_form(site, request)
         response = to("/admin")
         response.delete_cookie("admin", path="/admin")
         return response
 
-    @router.post("/invite")
+    @router.post("/invite", openapi_extra=form_of("form", "stratum", "number"))
     async def invite(request: Request) -> Response:
         form = await _own_form(site, request)
         stratum, number = str(form.get("stratum", "")), str(form.get("number", ""))
@@ -76,7 +76,7 @@ def admin_routes(site: Site) -> APIRouter:
         codes = [invitation_code(site.secrets.signer, stratum, first + index) for index in range(int(number))]
         return await _overview(site, request, [f"{site.settings.url}/join/{code}" for code in codes])
 
-    @router.post("/close", status_code=303)
+    @router.post("/close", status_code=303, openapi_extra=form_of("form", "sure"))
     async def close(request: Request) -> Response:
         form = await _own_form(site, request)
         if form.get("sure") != "yes":

@@ -15,7 +15,7 @@ from unstilted.vote.database import Transaction
 from unstilted.vote.items import Winner
 from unstilted.vote.languages import Language, languages
 from unstilted.vote.markdown import to_html
-from unstilted.vote.site import Refusal, Site, to
+from unstilted.vote.site import Refusal, Site, form_of, to
 from unstilted.vote.station import BALLOT_LIFE_S, Joining, Visit, is_right
 
 SECONDS_A_PAIR = 25
@@ -43,6 +43,7 @@ class Question:
 def rater_routes(site: Site) -> APIRouter:
     """All pages that a rater can come to."""
     router = APIRouter(default_response_class=HTMLResponse)
+    winners = [f"winner-{criterion.name}" for criterion in site.frozen.study.criteria]
 
     @router.get("/")
     async def front(request: Request) -> Response:
@@ -54,7 +55,7 @@ def rater_routes(site: Site) -> APIRouter:
             raise Refusal(404, "missing", "/")
         return await _front(site, request, code)
 
-    @router.post("/begin", status_code=303)
+    @router.post("/begin", status_code=303, openapi_extra=form_of("form", "code", "consent"))
     async def begin(request: Request) -> Response:
         form = await _form(request)
         site.require_form(form.get("form"), "")
@@ -95,7 +96,7 @@ def rater_routes(site: Site) -> APIRouter:
             reading_language=spoken.name if spoken else site.frozen.study.language,
         )
 
-    @router.post("/about-you", status_code=303)
+    @router.post("/about-you", status_code=303, openapi_extra=form_of("form", *BACKGROUND))
     async def describe(request: Request) -> Response:
         await site.visit(request)
         form, session = await _form(request), site.session(request)
@@ -114,7 +115,11 @@ def rater_routes(site: Site) -> APIRouter:
             return to("/thanks")
         return await _pair(site, request, visit)
 
-    @router.post("/vote", status_code=303)
+    @router.post(
+        "/vote",
+        status_code=303,
+        openapi_extra=form_of("form", "ballot", *winners),
+    )
     async def cast(request: Request) -> Response:
         session, form = site.session(request), await _form(request)
         site.require_form(form.get("form"), session)
@@ -141,7 +146,7 @@ def rater_routes(site: Site) -> APIRouter:
         visit = await site.visit(request)
         return await _feedback(site, request, visit)
 
-    @router.post("/undo", status_code=303)
+    @router.post("/undo", status_code=303, openapi_extra=form_of("form"))
     async def undo(request: Request) -> Response:
         await site.visit(request)
         session = site.session(request)
@@ -156,7 +161,7 @@ def rater_routes(site: Site) -> APIRouter:
             return to("/thanks")
         return site.page(request, "stop.html", form=site.form_token(site.session(request)))
 
-    @router.post("/stop", status_code=303)
+    @router.post("/stop", status_code=303, openapi_extra=form_of("form", "votes"))
     async def leave(request: Request) -> Response:
         await site.visit(request)
         form, session = await _form(request), site.session(request)

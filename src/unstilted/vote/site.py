@@ -175,6 +175,12 @@ class Site:
         return response
 
 
+def form_of(*fields: str) -> dict[str, Any]:
+    """What OpenAPI is told of a form's fields."""
+    schema = {"type": "object", "properties": {field: {"type": "string"} for field in fields}}
+    return {"requestBody": {"content": {"application/x-www-form-urlencoded": {"schema": schema}}}}
+
+
 def to(path: str) -> RedirectResponse:
     """Answer a form by sending the browser on with GET, so that reloading sends nothing again."""
     return RedirectResponse(path, status_code=303)
