@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
-from scipy.special import expit
 
 from unstilted.cli import main
-from unstilted.plan import Design, PlanSettings, expect, make_plan, mean_logit, print_plan, simulated_votes
+from unstilted.errors import UserError
+from unstilted.plan import Design, PlanSettings, expect, make_plan, print_plan, simulated_votes, with_pilot
+from unstilted.stats.votes import Votes, votes_from_columns
 
 
 def settings(**changes: object) -> PlanSettings:
@@ -65,15 +66,40 @@ def test_a_simulated_vote_has_the_share_and_the_balance_that_were_asked_for() ->
     assert len(np.unique(votes[0].rater * 30 + votes[0].item)) == 3000
 
 
-def test_the_mean_logit_gives_the_share_over_raters_and_items() -> None:
-    draws = mean_logit(0.7, 0.8, 0.6) + np.random.default_rng(0).standard_normal(400_000)  # sqrt(0.64 + 0.36) = 1
-    assert expit(draws).mean() == pytest.approx(0.7, abs=0.002)
-
-
 def test_the_same_seed_gives_the_same_plan_and_another_one_another() -> None:
     assert make_plan(settings(half_width_points=10.0)) == make_plan(settings(half_width_points=10.0))
     design = Design(n_raters=10, n_items=30, votes_per_rater=10)
     assert expect(design, settings()) != expect(design, settings(seed=1))
+
+
+def pilot(rater_sd: float, item_sd: float, share: float = 0.7) -> Votes:
+    known = settings(rater_sd=rater_sd, item_sd=item_sd, share=share, ties=0.0)
+    votes = simulated_votes(Design(n_raters=150, n_items=100, votes_per_rater=25), known, 0)
+    winner = np.where(votes.gains == 1, "left", "right")
+    winner[::5] = "tie"
+    n = len(winner)
+    return votes_from_columns(
+        {"rater": votes.rater, "item": votes.item, "left": ["tuned"] * n, "right": ["base"] * n, "winner": winner.tolist()}
+    )
+
+
+def test_a_pilot_tells_what_to_expect() -> None:
+    known = with_pilot(settings(), pilot(1.2, 0.4), "")
+    assert (known.share, known.rater_sd, known.item_sd) == pytest.approx((0.7, 1.2, 0.4), abs=0.2)
+    assert known.ties == 0.2
+    other = with_pilot(settings(), pilot(1.2, 0.4), "base")
+    assert (other.share, other.rater_sd) == pytest.approx((1 - known.share, known.rater_sd), abs=2e-3)
+
+
+def test_a_pilot_that_tells_nothing_is_refused() -> None:
+    votes = pilot(1.0, 1.0)
+    with pytest.raises(UserError, match="nobody voted on 'tunde'"):
+        with_pilot(settings(), votes, "tunde")
+    with pytest.raises(UserError, match="all its votes say the same"):
+        with_pilot(settings(), votes.rows(votes.winner == 0), "")
+    three = votes_from_columns({"rater": "ab", "item": "ab", "left": "ab", "right": "bc", "winner": ["left", "left"]})
+    with pytest.raises(UserError, match="it has 3 arms and 1 criteria"):
+        with_pilot(settings(), three, "")
 
 
 @pytest.mark.parametrize(

@@ -148,16 +148,20 @@ def _plan_command(is_asked: bool) -> Callable[..., None]:
     """Its settings need SciPy, which would slow every other command's start."""
     if not is_asked:
         return _plan_unasked
-    from unstilted.plan import PlanSettings, make_plan, print_plan
+    from unstilted.plan import PlanSettings, make_plan, print_plan, with_pilot
+    from unstilted.stats.votes import read_votes
 
-    def plan(settings: Annotated[PlanSettings, arg(name="")] = PlanSettings()) -> None:  # noqa: B008
+    def plan(pilot: File = "", arm: str = "", settings: Annotated[PlanSettings, arg(name="")] = PlanSettings()) -> None:  # noqa: B008
         from rich.console import Console
 
-        print_plan(make_plan(settings), Console(highlight=False, emoji=False))
+        known = with_pilot(settings, read_votes(Path(pilot)), arm) if pilot else settings
+        print_plan(make_plan(known), Console(highlight=False, emoji=False))
 
     plan.__doc__ = f"""{_plan_unasked.__doc__}
 
     Args:
+        pilot: A file of votes (see docs/votes.md) that tells the share, the ties and how much raters and items differ.
+        arm: Whose share; left out: tuned, or the first by name.
         settings: What the vote shall show.
     """
     return plan

@@ -4,7 +4,6 @@ The simulated votes go through the same interval as real ones, so what it promis
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Self
 
 import numpy as np
@@ -13,11 +12,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.optimize import brentq
 from scipy.special import expit
 
+from unstilted.errors import UserError
 from unstilted.records import Record
 from unstilted.stats.clusters import FEWEST_CLUSTERS, Share, clustered_share
+from unstilted.stats.effects import estimate_effects, mean_logit
+from unstilted.stats.votes import BLINDING, TIE, Votes, first_ballots
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -167,7 +168,7 @@ def simulated_votes(design: Design, settings: PlanSettings, run: int) -> Simulat
     """One simulated vote: a logit with normal rater and item effects around a mean that makes the population's share `share`."""
     generator = np.random.default_rng((settings.seed, design.n_raters, design.n_items, run))
     rater, item = _assignment(design, generator)
-    mean = mean_logit(settings.share, settings.rater_sd, settings.item_sd)
+    mean = mean_logit(settings.share, float(np.hypot(settings.rater_sd, settings.item_sd)))
     taste = settings.rater_sd * generator.standard_normal(design.n_raters)
     lean = settings.item_sd * generator.standard_normal(design.n_items)
     gains = (generator.random(len(rater)) < expit(mean + taste[rater] + lean[item])).astype(np.float64)
@@ -184,13 +185,26 @@ def _assignment(design: Design, generator: np.random.Generator) -> tuple[Ints, I
     return np.repeat(np.arange(design.n_raters), design.votes_per_rater), item
 
 
-@cache
-def mean_logit(share: float, rater_sd: float, item_sd: float) -> float:
-    """The mean log-odds at which a random rater and a random item give `share` on average."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    weights = weights / weights.sum()
-    spread = np.hypot(rater_sd, item_sd)
-    return float(brentq(lambda mean: float(weights @ expit(mean + spread * nodes)) - share, -60, 60))
+def with_pilot(settings: PlanSettings, votes: Votes, arm: str) -> PlanSettings:
+    """The settings with share, ties and differences as a pilot vote on two arms shows them.
+
+    Raises UserError for other than two arms, an arm that nobody voted on, and votes that all say the same.
+    """
+    votes = votes.rows(votes.kind.is_("human") & votes.excluded.is_("") & ~votes.criterion.is_(BLINDING))
+    votes = votes.rows(first_ballots(votes))
+    if len(votes.arms) != 2 or len(votes.criterion.present()) != 1:
+        what = f"it has {len(votes.arms)} arms and {len(votes.criterion.present())} criteria."
+        raise UserError(what, where="--pilot", do="Leave the people's votes on one pair of arms and one criterion in the file.")
+    arm = arm or ("tuned" if "tuned" in votes.arms else votes.arms[0])
+    if arm not in votes.arms:
+        raise UserError(f"nobody voted on '{arm}'.", where="--arm", do=f"The arms are {', '.join(votes.arms)}.")
+    decisive = votes.rows(votes.winner < TIE)
+    gains = decisive.gains(arm)
+    if len(set(gains.tolist())) < 2:
+        raise UserError("all its votes say the same.", where="--pilot", do="Give --share, --rater-sd and --item-sd instead.")
+    effects = estimate_effects(gains, decisive.rater.codes, decisive.item.codes)
+    found = {"share": effects.share, "rater_sd": effects.rater_sd, "item_sd": effects.item_sd, "ties": 1 - len(decisive) / len(votes)}
+    return PlanSettings.model_validate({**settings.model_dump(), **{name: round(value, 3) for name, value in found.items()}})
 
 
 def _advice(rows: list[PlanRow], settings: PlanSettings) -> str:
@@ -226,5 +240,5 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     console.print(Text(f"\n{plan.advice}"))
     assumed = f"Assumed: raters differ by {settings.rater_sd:g} and items by {settings.item_sd:g} (standard deviations of log-odds),"
-    assumed += f" {100 * settings.ties:g} % ties; {settings.n_simulations} simulated votes a figure. A pilot vote tells you more."
+    assumed += f" {100 * settings.ties:g} % ties; {settings.n_simulations} simulated votes a figure. `--pilot FILE` takes these from votes."
     console.print(Text(assumed, style="dim"))

@@ -164,7 +164,7 @@ class Ratings:
 def agreement(ratings: Ratings, confidence: float) -> dict[Coefficient, Agreed] | None:
     """The coefficients with intervals from items and raters together; None when no unit has two raters.
 
-    Student's quantile with min(R, U) - 1 degrees of freedom, cut at -1 and 1; no interval below three raters or units.
+    Student's quantile with min(R, U) - 1 degrees of freedom, cut at -1 (percent: 0) and 1; no interval below three raters or units.
     """
     counts, row = count_categories(ratings.unit, ratings.category, ratings.n_categories)
     values = coefficients(counts)
@@ -172,7 +172,9 @@ def agreement(ratings: Ratings, confidence: float) -> dict[Coefficient, Agreed] 
         return None
     by_items, by_raters = item_errors(counts), rater_errors(counts, row, ratings.category, ratings.rater)
     fewest = min(len(np.unique(ratings.rater)), int((counts.sum(axis=1) >= 2).sum()))
-    return {name: _agreed(values[name], by_items[name], by_raters[name], fewest, confidence) for name in COEFFICIENTS}
+    found = {name: _agreed(values[name], by_items[name], by_raters[name], fewest, confidence) for name in COEFFICIENTS}
+    percent = found["percent"]
+    return {**found, "percent": percent.model_copy(update={"low": None if percent.low is None else max(0.0, percent.low)})}
 
 
 def _agreed(value: float, by_items: float, by_raters: float, fewest: int, confidence: float) -> Agreed:

@@ -28,6 +28,8 @@ LEFT, RIGHT, TIE, BOTH_BAD = range(4)
 KINDS = ("human", "judge", "simulated")
 REQUIRED = ("rater", "item", "left", "right", "winner")
 OPTIONAL = ("order", "criterion", "stratum", "kind", "excluded")
+BLINDING = "blinding"
+"""The criterion of votes that guess which side is an arm; they are no preferences."""
 REPEATED = "repeat, shown for self-consistency"
 """In `excluded`: no fault; the vote tells how steady its rater is."""
 TAKEN_BACK, WITHDRAWN = "taken back by the rater", "withdrawn by the rater"
@@ -105,6 +107,15 @@ class Votes:
         left = Column(np.where(chosen, self.right.codes, self.left.codes), self.left.names)
         right = Column(np.where(chosen, self.left.codes, self.right.codes), self.left.names)
         return replace(self, winner=winner, left=left, right=right)
+
+    def between(self, arm: str, other: str) -> "Votes":
+        """The votes that compare these two arms."""
+        return self.rows((self.left.is_(arm) & self.right.is_(other)) | (self.left.is_(other) & self.right.is_(arm)))
+
+    def gains(self, arm: str) -> Floats:
+        """1 for a vote for the arm, 0 against it, 0.5 for none of both, shape (N,); every vote must be on the arm."""
+        for_arm = (self.winner == LEFT) == self.left.is_(arm)
+        return np.where(self.winner >= TIE, 0.5, for_arm).astype(np.float64)
 
     def pair(self) -> Ints:
         """One code for each unordered pair of arms, shape (N,)."""
@@ -229,7 +240,7 @@ def _encode(chunks: Iterator[Chunk], where: Where) -> tuple[dict[str, Column], i
         for name in chunk:
             encoders.setdefault(name, _Encoder(n_rows))
         for name, encoder in encoders.items():
-            values = chunk.get(name) or [""] * n_chunk
+            values = chunk[name] if name in chunk else [""] * n_chunk
             try:
                 encoder.add(values, n_chunk)
             except TypeError:

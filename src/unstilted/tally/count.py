@@ -75,20 +75,10 @@ def _pairs(votes: Votes, settings: TallySettings) -> list[tuple[str, str]]:
     return [(arm, other) for arm, other in shown if (arm, other) in met or (other, arm) in met]
 
 
-def _between(votes: Votes, arm: str, other: str) -> Votes:
-    return votes.rows((votes.left.is_(arm) & votes.right.is_(other)) | (votes.left.is_(other) & votes.right.is_(arm)))
-
-
-def _gains(votes: Votes, arm: str) -> Floats:
-    """1 for a vote for the arm, 0 against it, 0.5 for none of both: shape (N,)."""
-    for_arm = (votes.winner == LEFT) == votes.left.is_(arm)
-    return np.where(votes.winner >= TIE, 0.5, for_arm).astype(np.float64)
-
-
 def choice(votes: Votes, arm: str, other: str, confidence: float, group: str = "") -> Choice:
     """One arm against another in votes of one criterion."""
-    votes = _between(votes, arm, other)
-    gains, is_decisive, is_usable = _gains(votes, arm), votes.winner < TIE, votes.winner != BOTH_BAD
+    votes = votes.between(arm, other)
+    gains, is_decisive, is_usable = votes.gains(arm), votes.winner < TIE, votes.winner != BOTH_BAD
     on_left = votes.left.is_(arm)
     return Choice(
         arm=arm,
@@ -139,7 +129,7 @@ def style_columns(votes: Votes) -> list[str]:
 def _controlled(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -> Iterator[ControlledChoice]:
     names = style_columns(votes)
     for arm, other in pairs if names else []:
-        rows = _between(votes, arm, other)
+        rows = votes.between(arm, other)
         rows = rows.rows(rows.winner < TIE)
         differences = {name: _difference(rows, name, arm) for name in names}
         complete = np.all([np.isfinite(values) for values in differences.values()], axis=0)
@@ -149,7 +139,7 @@ def _controlled(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -
         if side.min(initial=1) < side.max(initial=-1):
             kept["shown left"] = side
         try:
-            result = controlled_share(_gains(rows, arm), kept, rows.rater.codes, rows.item.codes, confidence)
+            result = controlled_share(rows.gains(arm), kept, rows.rater.codes, rows.item.codes, confidence)
             yield ControlledChoice(arm=arm, other=other, result=result)
         except UserError as error:
             yield ControlledChoice(arm=arm, other=other, result=None, reason=error.what)
@@ -168,12 +158,12 @@ def _difference(votes: Votes, name: str, arm: str) -> Floats:
 def _anytime(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -> Iterator[Anyhow]:
     """One bet a rater, in the order in which raters first appear."""
     for arm, other in pairs:
-        rows = _between(votes, arm, other)
+        rows = votes.between(arm, other)
         rows = rows.rows(rows.winner < TIE)
         raters, first, place = np.unique(rows.rater.codes, return_index=True, return_inverse=True)
         if len(raters) < FEWEST_CLUSTERS:
             continue
-        means = np.bincount(place, _gains(rows, arm), len(raters)) / np.maximum(np.bincount(place, minlength=len(raters)), 1)
+        means = np.bincount(place, rows.gains(arm), len(raters)) / np.maximum(np.bincount(place, minlength=len(raters)), 1)
         result = anytime_interval(means[np.argsort(first)], confidence)
         if result:
             yield Anyhow(arm=arm, other=other, result=result)
@@ -268,12 +258,13 @@ def agreed(votes: Votes, settings: TallySettings) -> Agreement | None:
 def oriented(votes: Votes, settings: TallySettings) -> tuple[NDArray[np.int8], tuple[str, ...]]:
     """Verdicts, shape (N,), and what they mean.
 
-    By arm, the arm asked for first. Where many arms meet and each unit was always shown the same way around: by side, as others do.
+    The arm asked for first, if all votes are on it; otherwise by side, if each unit was always shown the same way around; otherwise by
+    name.
     """
-    if len(votes.arms) == 2:
-        arm, other = sorted(votes.arms, key=lambda name: (name != settings.arm, name))
-        verdict = np.where(votes.winner >= TIE, votes.winner, 1 - _gains(votes, arm)).astype(np.int8)
-        return verdict, (arm, other, "tie", "both bad")
+    if (votes.left.is_(settings.arm) | votes.right.is_(settings.arm)).all():
+        others = [name for name in votes.arms if name != settings.arm]
+        verdict = np.where(votes.winner >= TIE, votes.winner, 1 - votes.gains(settings.arm)).astype(np.int8)
+        return verdict, (settings.arm, others[0] if len(others) == 1 else "another arm", "tie", "both bad")
     _, first, unit = np.unique(votes.unit(), return_index=True, return_inverse=True)
     if (votes.left.codes[first][unit] == votes.left.codes).all():
         return votes.winner, ("left", "right", "tie", "both bad")
@@ -307,14 +298,14 @@ def consistent_judgements(votes: Votes) -> tuple[Votes, int]:
 
 def guessing(votes: Votes, arm: str, other: str, confidence: float) -> Guessing:
     """The blinding check from votes that are guesses of which side is `arm`."""
-    rows = _between(votes, arm, other)
-    guesses = bang_index(_gains(rows, arm), rows.rater.codes, rows.item.codes, confidence)
+    rows = votes.between(arm, other)
+    guesses = bang_index(rows.gains(arm), rows.rater.codes, rows.item.codes, confidence)
     return Guessing(arm=arm, other=other, guesses=guesses, words_auc=None)
 
 
 def texts_auc(votes: Votes, arm: str, other: str) -> float | None:
     """`words_auc` from the columns `left_text` and `right_text`; None without them, without scikit-learn or below ten items."""
-    rows = _between(votes, arm, other)
+    rows = votes.between(arm, other)
     if not {"left_text", "right_text"} <= set(rows.texts) or find_spec("sklearn") is None:
         return None
     _, first = np.unique(rows.item.codes, return_index=True)

@@ -10,6 +10,7 @@ from unstilted.stats.blinding import Blinding
 from unstilted.stats.clusters import Share
 from unstilted.stats.controlled import Controlled
 from unstilted.stats.sequential import Anytime
+from unstilted.stats.votes import BLINDING
 
 Kind = Literal["human", "judge", "simulated"]
 
@@ -21,7 +22,7 @@ class TallySettings(Record):
     """Of all intervals: 0.95 misses the truth once in twenty."""
     arm: str = ""
     """Whose share is told; empty: `tuned` where it exists, otherwise the first by name of up to six."""
-    blinding_criterion: str = "blinding"
+    blinding_criterion: str = BLINDING
     """The criterion whose votes are guesses of which side is that arm, not preferences."""
 
 
