@@ -5,7 +5,7 @@ from unstilted.stats.blinding import bang_index, words_auc
 
 
 def test_bangs_index_is_right_minus_wrong_by_all() -> None:
-    """Bang, Ni & Davis 2004, section 2: (2 * right / sure - 1) * sure / all; here 38 right, 12 wrong, 30 unsure."""
+    """Bang, Ni & Davis 2004: (2 * right / sure - 1) * sure / all; here 38 right, 12 wrong, 30 unsure."""
     guesses = np.repeat([1.0, 0.0, 0.5], [38, 12, 30])
     alone = np.arange(80)
     result = bang_index(guesses, alone, alone, 0.95)

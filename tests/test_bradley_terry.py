@@ -66,7 +66,7 @@ def test_battles_are_counted_by_sorted_name_and_an_unknown_winner_is_refused() -
 
 @needs_vote_data
 def test_davidsons_pudding_table_gives_both_tie_models() -> None:
-    """Davidson 1970, table 2: six brands of pudding."""
+    """Davidson 1970: six brands of pudding."""
     counts = np.zeros((6, 6, 3))
     with vote_file("davidson1970_pudding.csv").open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
@@ -83,7 +83,7 @@ def test_davidsons_pudding_table_gives_both_tie_models() -> None:
 
 @needs_vote_data
 def test_agrestis_baseball_table_gives_abilities_home_advantage_errors_and_deviances() -> None:
-    """Agresti 2002, table 10.10 and 10.11: seven teams, 1987."""
+    """Agresti 2002, p. 438: seven teams, 1987."""
     with vote_file("agresti_baseball1987.csv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     teams = sorted({row["home.team"] for row in rows})

@@ -380,6 +380,23 @@ def llmfao(name: str, **more: Any) -> Rows:
         ]
 
 
+def test_with_many_arms_the_ranking_is_the_headline_and_pairs_are_a_table_for_the_arm_asked_for() -> None:
+    generator = np.random.default_rng(12)
+    arms = [f"model {k}" for k in range(8)]
+    rows = []
+    for n in range(600):
+        left, right = generator.permutation(8)[:2]
+        is_left = generator.random() < expit(float(right - left))
+        rows.append({"rater": n % 20, "item": n % 31, "left": arms[left], "right": arms[right], "winner": "left" if is_left else "right"})
+    result = tally(votes_from_rows(rows))
+    assert result.headline.startswith("model 0 comes first of 8 arms; its true rank is 1 to")
+    assert result.panels[0].questions[0].choices == []
+    asked = tally(votes_from_rows(rows), TallySettings(arm="model 3"))
+    assert asked.headline == result.headline
+    assert len(asked.panels[0].questions[0].choices) == 7
+    assert "model 3 over model 5" in printed(asked, 100)
+
+
 @needs_vote_data
 def test_the_llmfao_crowd_agrees_as_computed_independently() -> None:
     target = reference()["llmfao"]["recomputed"]

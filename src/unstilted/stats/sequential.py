@@ -54,7 +54,7 @@ def anytime_interval(values: Floats, confidence: float) -> Anytime | None:
 
 
 def _bets(values: Floats, alpha: float) -> Floats:
-    """Each bet's size from the values before it, shape (R,): Waudby-Smith & Ramdas 2024, eq. 26."""
+    """Each bet's size from the values before it, shape (R,): Waudby-Smith & Ramdas 2024."""
     t = np.arange(1, len(values) + 1)
     running = (0.5 + np.cumsum(values)) / (t + 1)
     variance = (0.25 + np.cumsum((values - running) ** 2)) / (t + 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ Mask = NDArray[np.bool_]
 
 WINNERS = ("left", "right", "tie", "both_bad")
 LEFT, RIGHT, TIE, BOTH_BAD = range(4)
-KINDS = ("human", "judge", "simulated")
+Kind = Literal["human", "judge", "simulated"]
+KINDS: tuple[Kind, ...] = ("human", "judge", "simulated")
 REQUIRED = ("rater", "item", "left", "right", "winner")
 OPTIONAL = ("order", "criterion", "stratum", "kind", "excluded")
 BLINDING = "blinding"

@@ -10,7 +10,7 @@ import numpy as np
 from unstilted.errors import UserError
 from unstilted.files import write_text
 from unstilted.stats.agreement import agreeing_pairs, count_categories
-from unstilted.stats.votes import KINDS, REPEATED, TAKEN_BACK, TIE, WITHDRAWN, Votes, first_ballots, read_votes, votes_from_rows
+from unstilted.stats.votes import KINDS, REPEATED, TAKEN_BACK, TIE, WITHDRAWN, Kind, Votes, first_ballots, read_votes, votes_from_rows
 from unstilted.tally import words
 from unstilted.tally.count import (
     MAX_ARMS_IN_PAIRS,
@@ -20,7 +20,7 @@ from unstilted.tally.count import (
     steadiness,
     texts_auc,
 )
-from unstilted.tally.records import Calibration, Exclusion, Guessing, Kind, Panel, Question, Tally, TallySettings
+from unstilted.tally.records import Calibration, Exclusion, Guessing, Panel, Question, Tally, TallySettings
 
 __all__ = ["Tally", "TallySettings", "tally", "tally_file", "tally_run"]
 
@@ -49,8 +49,7 @@ def _written(result: Tally, json: Path | None) -> Tally:
 def tally(votes: Votes, settings: TallySettings | None = None, source: str = "votes") -> Tally:
     """Everything the votes say; raises UserError for an arm that nobody voted on."""
     settings = _with_arm(settings or TallySettings(), votes.arms)
-    panels = [_panel(votes.rows(votes.kind.is_(kind)), kind, settings) for kind in votes.kind.present()]
-    panels.sort(key=lambda panel: KINDS.index(panel.kind))
+    panels = [_panel(votes.rows(votes.kind.is_(kind)), kind, settings) for kind in KINDS if votes.kind.is_(kind).any()]
     people = [panel for panel in panels if panel.kind == "human"]
     headline = words.headline(people[0].questions, settings) if people else "No human took part: these votes prove nothing about people."
     return Tally(headline=headline, source=source, settings=settings, panels=panels, calibration=_calibrations(votes, settings))
@@ -66,7 +65,7 @@ def _with_arm(settings: TallySettings, arms: tuple[str, ...]) -> TallySettings:
     return settings.model_copy(update={"arm": settings.arm or default})
 
 
-def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
+def _panel(votes: Votes, kind: Kind, settings: TallySettings) -> Panel:
     n_votes, n_raters, exclusions = len(votes), len(votes.rater.present()), _exclusions(votes)
     votes = votes.rows(~(votes.excluded.is_(TAKEN_BACK) | votes.excluded.is_(WITHDRAWN)))
     counts_in = votes.excluded.is_("")
@@ -89,7 +88,7 @@ def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
     blinding = _blinding(kept, guesses.rows(first_ballots(guesses)), settings)
     panel_words = {"steadiness": words.steadiness_words(n_repeats, steady)} if kind != "judge" else {}
     return Panel(
-        kind=KINDS_BY_NAME[kind],
+        kind=kind,
         label=words.LABELS[kind],
         n_votes=n_votes,
         n_raters=n_raters,
@@ -101,9 +100,6 @@ def _panel(votes: Votes, kind: str, settings: TallySettings) -> Panel:
         blinding=blinding,
         words=panel_words,
     )
-
-
-KINDS_BY_NAME: dict[str, Kind] = {"human": "human", "judge": "judge", "simulated": "simulated"}
 
 
 def _question(name: str, once: Votes, counted: Votes, all_votes: Votes, settings: TallySettings) -> Question:

@@ -18,7 +18,7 @@ from unstilted.stats.sequential import anytime_interval
 from unstilted.stats.votes import BOTH_BAD, LEFT, TIE, Column, Votes, first_ballots
 from unstilted.tally.records import (
     Agreement,
-    Anyhow,
+    AnytimeChoice,
     Breakdown,
     Choice,
     ControlledChoice,
@@ -155,7 +155,7 @@ def _difference(votes: Votes, name: str, arm: str) -> Floats:
     return np.where(total > 0, gap / np.where(total > 0, total, 1), np.where(np.isfinite(total), 0.0, np.nan))
 
 
-def _anytime(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -> Iterator[Anyhow]:
+def _anytime(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -> Iterator[AnytimeChoice]:
     """One bet a rater, in the order in which raters first appear."""
     for arm, other in pairs:
         rows = votes.between(arm, other)
@@ -166,7 +166,7 @@ def _anytime(votes: Votes, pairs: list[tuple[str, str]], confidence: float) -> I
         means = np.bincount(place, rows.gains(arm), len(raters)) / np.maximum(np.bincount(place, minlength=len(raters)), 1)
         result = anytime_interval(means[np.argsort(first)], confidence)
         if result:
-            yield Anyhow(arm=arm, other=other, result=result)
+            yield AnytimeChoice(arm=arm, other=other, result=result)
 
 
 def ranking(votes: Votes, confidence: float) -> Ranking:

@@ -1,7 +1,5 @@
 """The content of `tally.json`."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from unstilted.records import Record
@@ -10,9 +8,7 @@ from unstilted.stats.blinding import Blinding
 from unstilted.stats.clusters import Share
 from unstilted.stats.controlled import Controlled
 from unstilted.stats.sequential import Anytime
-from unstilted.stats.votes import BLINDING
-
-Kind = Literal["human", "judge", "simulated"]
+from unstilted.stats.votes import BLINDING, Kind
 
 
 class TallySettings(Record):
@@ -64,7 +60,7 @@ class ControlledChoice(Record):
     reason: str = ""
 
 
-class Anyhow(Record):
+class AnytimeChoice(Record):
     """The interval that holds at every look, for one pair of arms."""
 
     arm: str
@@ -134,7 +130,7 @@ class Question(Record):
     left_share: Share | None
     """Of the votes with a winner, those for the left side."""
     controlled: list[ControlledChoice]
-    anytime: list[Anyhow]
+    anytime: list[AnytimeChoice]
     ranking: Ranking | None
     agreement: Agreement | None
     words: dict[str, str] = Field(default_factory=dict)

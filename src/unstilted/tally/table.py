@@ -13,14 +13,12 @@ from rich.text import Text
 from unstilted.stats.agreement import COEFFICIENTS, Agreed
 from unstilted.stats.clusters import Share
 from unstilted.tally.records import Agreement, Breakdown, Choice, Panel, Question, Ranking, Tally
-from unstilted.tally.words import count, percent, span
+from unstilted.tally.words import MAX_TOLD, count, percent, span
 
 WIDTH = 100
 GAUGE, SMALL_GAUGE = 41, 17
 """Characters of a gauge from 0 to 100 %; odd, so that one half has its own."""
 MAX_RANKED = 25
-MAX_TOLD = 5
-"""More pairs of arms than this become a table."""
 SURE = 0.05
 
 

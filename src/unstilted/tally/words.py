@@ -1,8 +1,10 @@
 """What each number of a tally means, for readers who know no statistics."""
 
 from unstilted.stats.clusters import Share
-from unstilted.tally.records import Agreement, Anyhow, Choice, ControlledChoice, Guessing, Question, Ranking, TallySettings
+from unstilted.tally.records import Agreement, AnytimeChoice, Choice, ControlledChoice, Guessing, Question, Ranking, TallySettings
 
+MAX_TOLD = 5
+"""More pairs of arms than this become a table, and the ranking the headline."""
 LABELS = {
     "human": "People",
     "judge": "Automatic judges: no human took part",
@@ -36,20 +38,16 @@ def headline(questions: list[Question], settings: TallySettings) -> str:
 def _headline_lines(question: Question, settings: TallySettings) -> list[str]:
     asked = f" ({question.criterion})" if question.criterion else ""
     pairs = [choice for choice in question.choices if settings.arm in (choice.arm, choice.other)]
-    if pairs and not (question.ranking and len(question.ranking.arms) > len(pairs) + 1):
-        return [_headline_line(choice, asked, settings.confidence) for choice in pairs if choice.share]
-    if question.ranking and question.ranking.arms:
-        first, n_arms = question.ranking.arms[0], len(question.ranking.arms)
-        told = f"{first.arm} comes first of {n_arms} arms{asked}"
-        if first.best_rank is None:
-            return [f"{told}."]
-        return [f"{told}; its true rank is {first.best_rank} to {first.worst_rank}, sure to {100 * settings.confidence:g} %."]
-    return [_headline_line(choice, asked, settings.confidence) for choice in pairs if choice.share]
+    ranked = question.ranking.arms if question.ranking else []
+    if not ranked or 0 < len(pairs) <= MAX_TOLD:
+        return [_headline_line(choice, choice.share, asked, settings.confidence) for choice in pairs if choice.share]
+    told = f"{ranked[0].arm} comes first of {len(ranked)} arms{asked}"
+    if ranked[0].best_rank is None:
+        return [f"{told}."]
+    return [f"{told}; its true rank is {ranked[0].best_rank} to {ranked[0].worst_rank}, sure to {100 * settings.confidence:g} %."]
 
 
-def _headline_line(choice: Choice, asked: str, confidence: float) -> str:
-    share = choice.share
-    assert share is not None
+def _headline_line(choice: Choice, share: Share, asked: str, confidence: float) -> str:
     start = f"{choice.arm} was chosen over {choice.other} in {percent(share.share)} of {count(share.n_votes, 'vote')} with a winner{asked}"
     if share.low is None or share.high is None:
         return f"{start}; no interval: {share.reason}."
@@ -73,8 +71,8 @@ def _of_question(question: Question, settings: TallySettings) -> dict[str, str]:
         words[f"ties {choice.arm} and {choice.other}"] = tie_words(choice)
     for controlled in question.controlled:
         words[f"controlled {controlled.arm} over {controlled.other}"] = controlled_words(controlled, question)
-    for anyhow in question.anytime:
-        words[f"anytime {anyhow.arm} over {anyhow.other}"] = anytime_words(anyhow, settings.confidence)
+    for anytime in question.anytime:
+        words[f"anytime {anytime.arm} over {anytime.other}"] = anytime_words(anytime, settings.confidence)
     if question.left_share:
         words["left_share"] = side_words(question.left_share)
     if question.agreement:
@@ -140,9 +138,9 @@ def controlled_words(controlled: ControlledChoice, question: Question) -> str:
     return f"{told}; {percent(plain.share)} as it is, so they account for {100 * (plain.share - result.share):+.1f} points."
 
 
-def anytime_words(anyhow: Anyhow, confidence: float) -> str:
-    result = anyhow.result
-    told = f"One may look at this interval after every rater and stop at will: {anyhow.arm} gets {span(result.low, result.high)}"
+def anytime_words(anytime: AnytimeChoice, confidence: float) -> str:
+    result = anytime.result
+    told = f"One may look at this interval after every rater and stop at will: {anytime.arm} gets {span(result.low, result.high)}"
     told += f" of a mean rater's votes ({100 * confidence:g} %, {count(result.n_raters, 'rater')}, each counted once)."
     if result.decided_after is None:
         return f"{told} It still holds one half: stopping now decides nothing."
