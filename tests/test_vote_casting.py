@@ -20,7 +20,7 @@ from unstilted.vote.export import run_votes
 from unstilted.vote.serve import prepare
 from unstilted.vote.settings import Limits, Settings
 from unstilted.vote.site import Site
-from unstilted.vote.station import BALLOT_LIFE_S, Joining
+from unstilted.vote.station import BALLOT_LIFE_S, Joining, Slip
 from vote_fixtures import Clock, make_run, make_site
 
 
@@ -54,9 +54,11 @@ def ballot_of(site: Site, session: str) -> Any:
 
 
 def cast(site: Site, session: str, ballot: str, winner: str = "left") -> str:
-    return str(
-        do(site, lambda transaction: site.station.cast(transaction, session, ballot, {"thoughtful": winner}, site.clock()))  # type: ignore[dict-item]
-    )
+    return str(do(site, lambda transaction: site.station.cast(transaction, slip(session, ballot, winner, site.clock()))).outcome)
+
+
+def slip(session: str, ballot: str, winner: str = "left", shown_at: float = 0.0) -> Slip:
+    return Slip(session, "browser", ballot, {"thoughtful": winner}, shown_at)  # type: ignore[dict-item]
 
 
 def count(site: Site, table: Any, *where: Any) -> int:
@@ -115,8 +117,7 @@ def test_a_clock_that_jumps_loses_no_vote_and_invents_no_time(both: Site, clock:
     shown_at = clock.now
     clock.now += jump
     ballot = ballot_of(both, "s").id
-    outcome = do(both, lambda transaction: both.station.cast(transaction, "s", ballot, {"thoughtful": "left"}, shown_at))
-    assert outcome == "saved"
+    assert do(both, lambda transaction: both.station.cast(transaction, slip("s", ballot, shown_at=shown_at))).outcome == "saved"
     [vote] = run_votes(both.run)
     assert vote["seconds"] == ""
     for _ in range(3):
@@ -199,12 +200,12 @@ def test_a_group_with_one_broken_operation_saves_all_the_others(both: Site) -> N
     gate = threading.Event()
     blocked = both.writer.submit(lambda transaction: gate.wait(20))
     futures = [
-        both.writer.submit(lambda transaction, s=session, b=ballot: both.station.cast(transaction, s, b, {"thoughtful": "left"}, 0.0))
+        both.writer.submit(lambda transaction, s=session, b=ballot: both.station.cast(transaction, slip(s, b)).outcome)
         for session, ballot in ready[:3]
     ]
     failing = both.writer.submit(broken)
     futures += [
-        both.writer.submit(lambda transaction, s=session, b=ballot: both.station.cast(transaction, s, b, {"thoughtful": "left"}, 0.0))
+        both.writer.submit(lambda transaction, s=session, b=ballot: both.station.cast(transaction, slip(s, b)).outcome)
         for session, ballot in ready[3:]
     ]
     gate.set()

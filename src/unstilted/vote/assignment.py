@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 from typing import Literal
 
@@ -60,8 +61,12 @@ def cells(study: Study) -> tuple[Cell, ...]:
 def cell_of(slot: int, item: str, all_cells: Sequence[Cell], seed: int) -> Cell:
     """The sides of an item's n-th vote: blocks of `all_cells`, each in an order of its own that follows from the seed."""
     block, place = divmod(slot, len(all_cells))
-    order = Random(f"{seed}/{item}/{block}").sample(range(len(all_cells)), len(all_cells))
-    return all_cells[order[place]]
+    return all_cells[_order(f"{seed}/{item}/{block}", len(all_cells))[place]]
+
+
+@lru_cache(maxsize=65_536)
+def _order(seed: str, size: int) -> tuple[int, ...]:
+    return tuple(Random(seed).sample(range(size), size))
 
 
 def open_slots(taken: frozenset[int], block_size: int, n_slots: int) -> list[int]:
@@ -101,6 +106,11 @@ def _lacking(seen: Iterable[Cell], block: Sequence[Cell]) -> set[Cell]:
     return {cell for cell in block if counts[cell] == least}
 
 
+@lru_cache
+def _main_steps(n_main: int) -> tuple[Step, ...]:
+    return tuple(Step("main", index) for index in range(n_main))
+
+
 def plan(study: Study, rater: str, n_attention_items: int) -> tuple[Step, ...]:
     """A rater's pages in order; follows from the study's seed and the rater's id alone.
 
@@ -110,7 +120,7 @@ def plan(study: Study, rater: str, n_attention_items: int) -> tuple[Step, ...]:
     before = [Step("training", index) for index in range(study.qualification.n_training)]
     before += [Step("qualification", index) for index in range(study.qualification.n_items)]
     n_main, checks = study.votes_per_rater, study.checks
-    row = [Step("main", index) for index in range(n_main)]
+    row = list(_main_steps(n_main))
     for index in random.sample(range(n_attention_items), checks.n_attention):
         row.insert(random.randint(min(2, len(row)), len(row)), Step("attention", index))
     again = random.sample(range(n_main), checks.n_repeats + checks.n_blinding)

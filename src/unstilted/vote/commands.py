@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
@@ -10,13 +10,13 @@ from tyro.extras import SubcommandApp
 from unstilted.errors import UserError
 
 File = Annotated[str, arg(metavar="PATH")]
-NAMES = ("serve", "verify", "invite", "export", "backup")
+NAMES = ("serve", "verify", "invite", "export", "backup", "judge", "simulate")
 
 
 def vote_app() -> SubcommandApp:
     """All commands under `unstilted vote`."""
     app = SubcommandApp()
-    for command in (serve, verify, invite, export, backup):
+    for command in (serve, verify, invite, export, backup, judge, simulate):
         app.command(command)
     return app
 
@@ -112,3 +112,76 @@ def backup(run: Positional[Path], file: Positional[Path], /) -> None:
 
     back_up(run, file)
     print(f"The votes are copied to {file}")
+
+
+def judge(
+    run: Positional[Path],
+    /,
+    criterion: tuple[str, ...] = (),
+    model: str = "",
+    engine: Literal["auto", "embedded", "transformers"] = "auto",
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Ask a model what raters are asked, each pair with the sides both ways. Its votes are kept apart from people's.
+
+    Args:
+        run: The run folder.
+        criterion: Which questions; left out, all of the study.
+        model: "embedded", a folder with Hugging Face weights, or a hub id; left out, the run's own base model.
+        engine: "embedded" is llama.cpp in process, "transformers" runs any model; "auto" takes the first that can.
+        temperature: Randomness of its answers; 0 takes the likeliest.
+        seed: Of that randomness; both orders of a pair get the same.
+    """
+    from unstilted.pipeline import settle_libraries
+    from unstilted.recipe import load_recipe
+    from unstilted.vote.judge import JudgeSettings, judge_run
+
+    if not (run / "recipe.toml").is_file():
+        raise UserError("this is no run folder.", where=str(run), do="`unstilted run --out FOLDER` makes one.")
+    settle_libraries()
+    settings = JudgeSettings(criterion, model, engine, temperature, seed)
+    for summary in judge_run(run, settings, load_recipe(run / "recipe.toml")):
+        print(f"{summary.criterion}: {summary.words}")
+
+
+def simulate(
+    run: Positional[Path],
+    /,
+    raters: int = 30,
+    arm: str = "",
+    share: float = 0.7,
+    rater_sd: float = 0.8,
+    item_sd: float = 0.6,
+    left_bias: float = 0.2,
+    ties: float = 0.1,
+    careless: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Let simulated raters vote, to see how a study would go. Their votes are kept apart, marked, and prove nothing about people.
+
+    Args:
+        run: The run folder.
+        raters: How many.
+        arm: Whom they favour; left out, tuned.
+        share: Of their votes with a winner, those for that arm, before the pull of the left side.
+        rater_sd: How much raters differ, as in `unstilted plan`.
+        item_sd: How much items differ, likewise.
+        left_bias: What the left side gains by being left, in log-odds.
+        ties: Share of votes without a winner.
+        careless: Share of raters who answer fast and by chance.
+        seed: Same seed, same votes.
+    """
+    from pydantic import ValidationError
+
+    from unstilted.vote.simulate import PanelSettings, simulate_run
+
+    given = {"share": share, "rater_sd": rater_sd, "item_sd": item_sd, "left_bias": left_bias, "ties": ties, "careless": careless}
+    try:
+        settings = PanelSettings(n_raters=raters, arm=arm, seed=seed, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).removeprefix("n_").replace("_", "-")
+        raise UserError(f"--{name} is {first['input']!r}: {first['msg'].lower()}.", where="command line", do="Change it.") from None
+    votes = simulate_run(run, settings)
+    print(f"{len(votes):,} simulated votes. No human took part: they stand apart everywhere and enter no headline.")

@@ -16,7 +16,7 @@ from unstilted.vote.items import Winner
 from unstilted.vote.languages import Language, languages
 from unstilted.vote.markdown import to_html
 from unstilted.vote.site import Refusal, Site, form_of, to
-from unstilted.vote.station import BALLOT_LIFE_S, Joining, Visit, is_right
+from unstilted.vote.station import BALLOT_LIFE_S, BLINDING, Joining, Slip, Visit, is_right
 
 SECONDS_A_PAIR = 25
 BACKGROUND = {
@@ -24,8 +24,16 @@ BACKGROUND = {
     "use": ("use_never", "use_monthly", "use_weekly", "use_daily"),
     "reading": ("reading_native", "reading_well", "reading_some"),
 }
-OUTCOME_STATUS = {"repeated": 409, "taken_back": 409, "lapsed": 410, "unknown": 403, "elsewhere": 409, "closed": 410}
-BLINDING = "blinding"
+OUTCOME_STATUS = {
+    "repeated": 409,
+    "taken_back": 409,
+    "lapsed": 410,
+    "unknown": 403,
+    "elsewhere": 409,
+    "closed": 410,
+    "browser": 403,
+    "invalid": 422,
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def rater_routes(site: Site) -> APIRouter:
             visit = await site.visit(request)
         if visit.ballot is None or visit.state != "active" or visit.is_closed:
             return to("/thanks")
-        return await _pair(site, request, visit)
+        return _pair(site, request, visit)
 
     @router.post(
         "/vote",
@@ -128,18 +136,18 @@ def rater_routes(site: Site) -> APIRouter:
             raise Refusal(403, "unknown")
         if ballot.expires < site.clock():
             raise Refusal(410, "lapsed")
-        visit = await site.visit(request)
-        step = site.station.plan(visit.rater)[visit.position] if visit.ballot is not None else None
-        winners = _winners(site, form, step)
+        winners = _winners(site, form)
         if winners is None:
+            visit = await site.visit(request)
             if visit.ballot is None or visit.ballot.id != ballot.id:
                 raise Refusal(422, "invalid")
-            return await _pair(site, request, visit, is_incomplete=True)
-        shown_at = ballot.expires - BALLOT_LIFE_S
-        outcome = await site.write(lambda transaction: site.station.cast(transaction, session, ballot.id, winners, shown_at))
-        if outcome != "saved":
-            raise Refusal(OUTCOME_STATUS[outcome], {"taken_back": "elsewhere"}.get(outcome, outcome))
-        return to("/feedback" if step is not None and step.role == "training" else "/vote")
+            return _pair(site, request, visit, is_incomplete=True)
+        site.require_calm(session)
+        slip = Slip(session, site.browser(request), ballot.id, winners, ballot.expires - BALLOT_LIFE_S)
+        done = await site.write(lambda transaction: site.station.cast(transaction, slip))
+        if done.outcome != "saved":
+            raise Refusal(OUTCOME_STATUS[done.outcome], {"taken_back": "elsewhere"}.get(done.outcome, done.outcome))
+        return to("/feedback" if done.role == "training" else "/vote")
 
     @router.get("/feedback")
     async def feedback(request: Request) -> Response:
@@ -177,16 +185,11 @@ def rater_routes(site: Site) -> APIRouter:
         visit, session = await site.visit(request), site.session(request)
         if visit.state == "active" and not visit.is_closed:
             return to("/vote")
-        can_undo = (
-            visit.state == "done"
-            and not visit.is_closed
-            and await site.read(lambda connection: site.station.can_undo(connection, visit.rater, visit.position)) is not None
-        )
         n_given = sum(step.role in COUNTED for step in site.station.plan(visit.rater)[: visit.position])
         key = {"failed": "failed", "stopped": "stopped", "withdrawn": "withdrawn", "done": "thanks" if n_given else "enough"}.get(
             visit.state, "closed"
         )
-        return site.page(request, "thanks.html", key=key, can_undo=can_undo, form=site.form_token(session) if can_undo else "")
+        return site.page(request, "thanks.html", key=key, can_undo=visit.can_undo, form=site.form_token(session))
 
     return router
 
@@ -222,12 +225,11 @@ def _consent(site: Site, request: Request, code: str, status: int = 200) -> HTML
     )
 
 
-async def _pair(site: Site, request: Request, visit: Visit, *, is_incomplete: bool = False) -> HTMLResponse:
+def _pair(site: Site, request: Request, visit: Visit, *, is_incomplete: bool = False) -> HTMLResponse:
     """The page with two replies."""
     ballot, session = cast(Any, visit.ballot), site.session(request)
     steps = site.station.plan(visit.rater)
     prompt, left, right = _texts(site, ballot)
-    can_undo = visit.position > 0 and await site.read(lambda c: site.station.can_undo(c, visit.rater, visit.position)) is not None
     phase, n, total = _progress(steps, visit.position)
     return site.page(
         request,
@@ -243,7 +245,7 @@ async def _pair(site: Site, request: Request, visit: Visit, *, is_incomplete: bo
         questions=_questions(site, steps[visit.position], site.language(request.scope)),
         ballot=ballot_token(site.secrets.signer, ballot.id, session, int(site.clock()) + BALLOT_LIFE_S),
         form=site.form_token(session),
-        can_undo=can_undo,
+        can_undo=visit.can_undo,
         is_incomplete=is_incomplete,
     )
 
@@ -320,11 +322,11 @@ def allowed_winners(site: Site) -> tuple[Winner, ...]:
     return ("left", *middle, "right")
 
 
-def _winners(site: Site, form: FormData, step: Step | None) -> dict[str, Winner] | None:
+def _winners(site: Site, form: FormData) -> dict[str, Winner] | None:
     """The answers of a form by criterion, or None when one is missing or unknown."""
-    is_blinding = step is not None and step.role == "blinding"
-    names = [BLINDING] if is_blinding else [criterion.name for criterion in site.frozen.study.criteria]
-    allowed: tuple[str, ...] = ("left", "tie", "right") if is_blinding else allowed_winners(site)
+    is_blinding = f"winner-{BLINDING}" in form
+    names = site.station.criteria_of("blinding" if is_blinding else "main")
+    allowed = ("left", "tie", "right") if is_blinding else allowed_winners(site)
     found = {name: form.get(f"winner-{name}") for name in names}
     return cast(dict[str, Winner], found) if all(value in allowed for value in found.values()) else None
 

@@ -30,6 +30,8 @@ class Settings:
     """Proxies of yours in front of the site whose X-Forwarded-For is believed; 0 believes nobody's."""
     database: str = ""
     workers: int = 1
+    max_group: int = 128
+    """Votes committed together at most; each then waits for one write to the disk instead of one of its own. 1 commits each by itself."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class Site:
     def __post_init__(self) -> None:
         url = database_url(self.run, self.settings.database)
         self.station = Station(self.frozen, self.new_id)
-        self.writer = Writer(open_engine(url, is_writer=True), self.clock)
+        self.writer = Writer(open_engine(url, is_writer=True), self.clock, self.settings.max_group)
         self.reader = open_engine(url, is_writer=False)
         self.sessions = Buckets(self.settings.limits.per_session)
         self.joins = Buckets(self.settings.limits.joins_per_address)
@@ -120,14 +120,17 @@ class Site:
         session = self.session(request)
         if not session:
             raise Refusal(403, "session", "/")
-        if not self.sessions.take(session):
-            raise Refusal(429, "slow")
+        self.require_calm(session)
         visit = await self.read(lambda connection: self.station.visit(connection, session))
         if visit is None:
             raise Refusal(403, "session", "/")
         if visit.browser != self.browser(request):
             raise Refusal(403, "browser", "/")
         return visit
+
+    def require_calm(self, session: str) -> None:
+        if not self.sessions.take(session):
+            raise Refusal(429, "slow")
 
     def form_token(self, session: str) -> str:
         return form_token(self.secrets.signer, session, int(self.clock()) + FORM_LIFE_S)
