@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field
+from sqlalchemy import event
 from sqlalchemy.engine import URL
 
 from unstilted.errors import UserError
@@ -99,6 +100,7 @@ def simulate(frozen: FrozenStudy, settings: PanelSettings) -> list[dict[str, obj
         migrate(url)
         clock, ids = Clock(), Random(f"{settings.seed}/ids")
         engine = open_engine(url, is_writer=True)
+        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))  # nothing to keep safe
         writer = Writer(engine, clock)
         try:
             panel = Panel(frozen, settings, Station(frozen, lambda: "".join(ids.choices(ID_ALPHABET, k=22))), writer, clock)
