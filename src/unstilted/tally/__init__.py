@@ -9,9 +9,9 @@ import numpy as np
 
 from unstilted.errors import UserError
 from unstilted.files import write_text
-from unstilted.stats.agreement import agreeing_pairs, count_categories
-from unstilted.stats.votes import KINDS, REPEATED, TAKEN_BACK, TIE, WITHDRAWN, Kind, Votes, first_ballots, read_votes, votes_from_rows
+from unstilted.stats.votes import KINDS, REPEATED, TAKEN_BACK, WITHDRAWN, Kind, Votes, first_ballots, read_votes, votes_from_rows
 from unstilted.tally import words
+from unstilted.tally.calibration import calibrations
 from unstilted.tally.count import (
     MAX_ARMS_IN_PAIRS,
     consistent_judgements,
@@ -20,7 +20,7 @@ from unstilted.tally.count import (
     steadiness,
     texts_auc,
 )
-from unstilted.tally.records import Calibration, Exclusion, Guessing, Panel, Question, Tally, TallySettings
+from unstilted.tally.records import Exclusion, Guessing, Panel, Question, Tally, TallySettings
 
 __all__ = ["Tally", "TallySettings", "tally", "tally_file", "tally_run"]
 
@@ -34,10 +34,13 @@ def tally_file(votes: Path, json: Path | None = None, settings: TallySettings | 
 
 
 def tally_run(run: Path, json: Path | None = None, settings: TallySettings | None = None) -> Tally:
-    """Tally the votes of a run folder into its `tally.json`, or into another file."""
+    """Tally the votes of a run folder, machines' too, into its `tally.json`, or into another file."""
     from unstilted.vote.export import run_votes
+    from unstilted.vote.machines import machine_votes
 
-    return _written(tally(votes_from_rows(run_votes(run), str(run)), settings, str(run)), json or run / "tally.json")
+    machines = machine_votes(run)
+    people = run_votes(run) if (run / "vote" / "database_url").exists() or not machines else []
+    return _written(tally(votes_from_rows([*people, *machines], str(run)), settings, str(run)), json or run / "tally.json")
 
 
 def _written(result: Tally, json: Path | None) -> Tally:
@@ -52,7 +55,7 @@ def tally(votes: Votes, settings: TallySettings | None = None, source: str = "vo
     panels = [_panel(votes.rows(votes.kind.is_(kind)), kind, settings) for kind in KINDS if votes.kind.is_(kind).any()]
     people = [panel for panel in panels if panel.kind == "human"]
     headline = words.headline(people[0].questions, settings) if people else "No human took part: these votes prove nothing about people."
-    return Tally(headline=headline, source=source, settings=settings, panels=panels, calibration=_calibrations(votes, settings))
+    return Tally(headline=headline, source=source, settings=settings, panels=panels, calibration=calibrations(votes, settings))
 
 
 def _with_arm(settings: TallySettings, arms: tuple[str, ...]) -> TallySettings:
@@ -128,46 +131,3 @@ def _blinding(kept: Votes, guesses: Votes, settings: TallySettings) -> list[Gues
         if found.guesses or found.words_auc is not None:
             results.append(found.model_copy(update={"words": words.guessing_words(found)}))
     return results
-
-
-def _calibrations(votes: Votes, settings: TallySettings) -> list[Calibration]:
-    """Each judge against the majority of people, by criterion, where both named winners on the same units."""
-    votes = votes.rows(votes.excluded.is_("") & ~votes.criterion.is_(settings.blinding_criterion))
-    people, judges = votes.rows(votes.kind.is_("human")), votes.rows(votes.kind.is_("judge"))
-    if not len(people) or not len(judges):
-        return []
-    people = people.rows(first_ballots(people))
-    judges, _ = consistent_judgements(judges)
-    results = []
-    for criterion in people.criterion.present():
-        of_people = people.rows(people.criterion.is_(criterion))
-        for judge in judges.rater.present():
-            of_judge = judges.rows(judges.criterion.is_(criterion) & judges.rater.is_(judge))
-            found = calibrate(of_judge, of_people)
-            if found:
-                results.append(found.model_copy(update={"judge": judge, "criterion": criterion}))
-    return results
-
-
-def calibrate(judge: Votes, people: Votes) -> Calibration | None:
-    """One judge against people on one criterion; None where they never named winners on the same unit.
-
-    People's verdict on a unit is what more of them said than anything else; ties in that, and ties as that, are left out.
-    """
-    judge = judge.rows(judge.winner < TIE)
-    units, place = np.unique(people.unit(), return_inverse=True)
-    counts = np.bincount(place * 4 + people.verdict(), minlength=4 * len(units)).reshape(-1, 4)
-    top, runner_up = -np.partition(-counts, 1, axis=1)[:, :2].T
-    verdict = np.where(top > runner_up, counts.argmax(axis=1), TIE)
-    at = np.minimum(np.searchsorted(units, judge.unit()), len(units) - 1)
-    is_shared = (units[at] == judge.unit()) & (verdict[at] < TIE)
-    if not is_shared.any():
-        return None
-    same = (verdict[at] == judge.verdict())[is_shared]
-    people = people.rows(people.winner < TIE)
-    by_unit, _ = count_categories(people.unit(), people.verdict(), 2)
-    people_agree, n_pairs = agreeing_pairs(by_unit)
-    agrees = float(same.mean())
-    told = f"Where it and most people named a winner, it named the same in {words.percent(agrees)} of {words.count(len(same), 'unit')};"
-    told += f" two people agree in {words.percent(people_agree)}. No human took part in its votes."
-    return Calibration(judge="", criterion="", n_units=len(same), agrees=agrees, people_agree=people_agree, n_pairs=n_pairs, words=told)

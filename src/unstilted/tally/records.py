@@ -180,9 +180,13 @@ class Calibration(Record):
 
     judge: str
     criterion: str
+    stratum: str = ""
+    """Of the people; empty: all of them."""
     n_units: int
     """Items and pairs on which both the judge and most people named a winner."""
     agrees: float
+    low: float | None
+    high: float | None
     people_agree: float
     """Of pairs of people who both named a winner on a unit, those who named the same."""
     n_pairs: int

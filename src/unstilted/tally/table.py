@@ -37,7 +37,8 @@ def _page(tally: Tally) -> Iterator[ConsoleRenderable]:
     if tally.calibration:
         yield _title("Judges beside people")
         for found in tally.calibration:
-            yield _note(f"{found.judge}{f' ({found.criterion})' if found.criterion else ''}: {found.words}")
+            about = ", ".join(part for part in (found.criterion, found.stratum) if part)
+            yield _note(f"{found.judge}{f' ({about})' if about else ''}: {found.words}")
     yield Text()
 
 
