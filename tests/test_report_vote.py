@@ -202,6 +202,8 @@ def test_a_sequential_study_is_told_only_by_the_interval_that_holds_at_every_loo
         assert f"{100 * choice['share']['low']:.1f} to {100 * choice['share']['high']:.1f} %" not in table
     told = re.findall(r'<span class="voted">(.*?)</span>', page(made.path))
     assert all(line.startswith("One may look at this interval after every rater") for line in told)
+    assert len(tally["headline"].splitlines()) == sum(len(question["anytime"]) for question in tally["panels"][0]["questions"])
+    assert all("at every look" in line for line in tally["headline"].splitlines())
 
 
 def test_the_page_with_votes_is_balanced_small_fetches_nothing_and_has_unique_ids(voted: RunDir) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from tokenizers import AddedToken
 
 from small_chat import write_small_llama
 from unstilted.cli import main
@@ -28,9 +29,9 @@ criteria = [{ name = "thoughtful" }, { name = "helpful" }]
 class Letters:
     """A tokenizer whose tokens are characters."""
 
-    chat_template, eos_token_id, all_special_tokens = "yes", 0, ("<|end|>",)
+    chat_template, added_tokens_decoder = "yes", {0: AddedToken("<|end|>", special=True)}
 
-    def apply_chat_template(self, rows: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+    def apply_chat_template(self, rows: list[dict[str, str]], **_: object) -> str:
         return "".join(row["content"] for row in rows)
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

@@ -36,9 +36,12 @@ def tally_file(votes: Path, json: Path | None = None, settings: TallySettings | 
 def tally_run(run: Path, json: Path | None = None, settings: TallySettings | None = None) -> Tally:
     """Tally the votes of a run folder, machines' too, into its `tally.json`, or into another file."""
     from unstilted.vote.export import run_votes
+    from unstilted.vote.freezing import load_frozen
     from unstilted.vote.machines import machine_votes
 
     machines = machine_votes(run)
+    if (run / "vote" / "preregistration.json").exists():
+        settings = (settings or TallySettings()).model_copy(update={"stopping": load_frozen(run).study.stopping})
     people = run_votes(run) if (run / "vote" / "database_url").exists() or not machines else []
     return _written(tally(votes_from_rows([*people, *machines], str(run)), settings, str(run)), json or run / "tally.json")
 

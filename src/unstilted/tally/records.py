@@ -1,5 +1,7 @@
 """The content of `tally.json`."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from unstilted.records import Record
@@ -20,6 +22,8 @@ class TallySettings(Record):
     """Whose share is told; empty: `tuned` where it exists, otherwise the first by name of up to six."""
     blinding_criterion: str = BLINDING
     """The criterion whose votes are guesses of which side is that arm, not preferences."""
+    stopping: Literal["votes", "sequential"] = "votes"
+    """`sequential`: the vote may have been closed because of what it said, so the headline has the interval that holds at every look."""
 
 
 class Choice(Record):

@@ -39,6 +39,8 @@ def _headline_lines(question: Question, settings: TallySettings) -> list[str]:
     asked = f" ({question.criterion})" if question.criterion else ""
     pairs = [choice for choice in question.choices if settings.arm in (choice.arm, choice.other)]
     ranked = question.ranking.arms if question.ranking else []
+    if settings.stopping == "sequential":
+        return [_anytime_line(anytime, asked, settings.confidence) for anytime in question.anytime]
     if not ranked or 0 < len(pairs) <= MAX_TOLD:
         return [_headline_line(choice, choice.share, asked, settings.confidence) for choice in pairs if choice.share]
     told = f"{ranked[0].arm} comes first of {len(ranked)} arms{asked}"
@@ -52,6 +54,12 @@ def _headline_line(choice: Choice, share: Share, asked: str, confidence: float) 
     if share.low is None or share.high is None:
         return f"{start}; no interval: {share.reason}."
     return f"{start}, {100 * confidence:g} % interval {span(share.low, share.high)}; {_who(share)}."
+
+
+def _anytime_line(anytime: AnytimeChoice, asked: str, confidence: float) -> str:
+    result = anytime.result
+    told = f"{anytime.arm} was chosen over {anytime.other} in {percent(result.mean)} of a mean rater's votes with a winner{asked}"
+    return f"{told}, {100 * confidence:g} % interval {span(result.low, result.high)} at every look; {count(result.n_raters, 'rater')}."
 
 
 def _who(share: Share) -> str:
