@@ -13,7 +13,7 @@ from tiny import tiny_model
 from unstilted import train
 from unstilted.errors import UserError
 from unstilted.lm.chat import TokenPair
-from unstilted.losses import NEEDS_REFERENCE, TAKES_LABEL_SMOOTHING, PairLogps, preference_loss, reward_margin
+from unstilted.losses import NEEDS_REFERENCE, TAKES_LABEL_SMOOTHING, PairLogps, odds_ratio_loss, preference_loss, reward_margin
 from unstilted.models.resolve import BaseModelFiles
 from unstilted.recipe import WITHOUT_LABEL_SMOOTHING, LossName, Recipe, TrainTable, recipe_from
 from unstilted.records import HeldOut, Message, Pair, TrainPoint, read_jsonl, write_jsonl
@@ -93,17 +93,11 @@ def test_the_margin_is_the_argument_of_each_loss() -> None:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "simpo", "orpo"])
 def test_at_the_default_stop_margin_a_pair_pulls_less_than_a_hundredth_of_what_it_can(loss: LossName) -> None:
-    table = TrainTable(loss=loss, beta=1.0)
-    gap = torch.linspace(-40, 40, 400, dtype=torch.float64)
+    table = TrainTable(loss=loss, beta=5.0 if loss in ("sigmoid_norm", "simpo") else 1.0)
+    gap = torch.linspace(-40, 59, 400, dtype=torch.float64)
     count = torch.full_like(gap, 10.0)
     policy = PairLogps((-60 + gap).requires_grad_(), torch.full_like(gap, -60.0), count, count)
     reference = PairLogps(torch.full_like(gap, -60.0), torch.full_like(gap, -60.0), count, count)
-    if loss == "sigmoid_norm":
-        table = TrainTable(loss=loss, beta=5.0)
-    elif loss in ("simpo", "orpo"):
-        table = TrainTable(loss=loss, beta=5.0 if loss == "simpo" else 1.0)
-    from unstilted.losses import odds_ratio_loss
-
     argument = loss_margin(policy, reference, table)
     assert argument is not None
     pull = (
@@ -394,7 +388,7 @@ def test_pairs_that_are_too_long_are_refused_with_their_lengths(chat_model: Path
     head, lengths = str(refused.value).split("train.max_tokens is 48: ")
     assert head == f"{run_dir.file('pairs.jsonl')}: 2 of 3 pairs are too long, "
     assert lengths == (
-        "b (232 tokens), c (132 tokens). They are never cut: raise train.max_tokens, shorten them, or leave them out with "
+        "b (233 tokens), c (133 tokens). They are never cut: raise train.max_tokens, shorten them, or leave them out with "
         'train.long_pairs = "drop".'
     )
 
@@ -404,10 +398,10 @@ def test_pairs_that_are_too_long_are_dropped_whole_when_the_recipe_says_so_and_l
 ) -> None:
     run_dir = run_folder(tmp_path, {"a": 5, "b": 200, "c": 6})
     facts = train.run(recipe(chat_model, long_pairs="drop"), run_dir)
-    assert facts["too_long"] == ["b (232 tokens)", "h2 (72 tokens)"]
+    assert facts["too_long"] == ["b (233 tokens)", "h2 (73 tokens)"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "pairs.jsonl: 1 of 3 pairs are left out, train.max_tokens is 48: b (232 tokens)" in said
-    assert "held_out.jsonl: 1 of 2 pairs are left out, train.max_tokens is 48: h2 (72 tokens)" in said
+    assert "pairs.jsonl: 1 of 3 pairs are left out, train.max_tokens is 48: b (233 tokens)" in said
+    assert "held_out.jsonl: 1 of 2 pairs are left out, train.max_tokens is 48: h2 (73 tokens)" in said
     assert read_jsonl(run_dir.file("train.jsonl"), TrainPoint)[-1].n_pairs == 2
 
 
@@ -418,11 +412,11 @@ def test_a_conversation_longer_than_the_models_positions_is_refused_with_that_re
     with pytest.raises(UserError) as refused:
         train.run(recipe(chat_model, max_tokens=4096), run_dir)
     assert str(refused.value).endswith(
-        "1 of 2 pairs are too long, the model reads at most 100 tokens (max_position_embeddings): b (132 tokens). They are never cut: "
+        "1 of 2 pairs are too long, the model reads at most 100 tokens (max_position_embeddings): b (133 tokens). They are never cut: "
         'shorten them, or leave them out with train.long_pairs = "drop".'
     )
     facts = train.run(recipe(chat_model, max_tokens=4096, long_pairs="drop"), run_dir)
-    assert facts["too_long"] == ["b (132 tokens)"]
+    assert facts["too_long"] == ["b (133 tokens)"]
 
 
 def test_both_answers_of_every_pair_end_with_the_end_of_turn_token_also_at_the_limit(chat_model: Path, tmp_path: Path) -> None:
@@ -433,12 +427,8 @@ def test_both_answers_of_every_pair_end_with_the_end_of_turn_token_also_at_the_l
     settings = recipe(chat_model).train
     files = resolve_model(recipe(chat_model).model)
     chat = ChatTokens(load_tokenizer(files), files.name)
-    run_dir = run_folder(tmp_path, {f"{n} words": n for n in range(1, 17)})
-    kept, too_long = (
-        train.token_pairs(run_dir.file("pairs.jsonl"), chat, settings, (48, ""))
-        if False
-        else train.token_pairs(run_dir.file("pairs.jsonl"), chat, settings, train.longest(files, settings))
-    )
+    run_dir = run_folder(tmp_path, {f"{n} words": n for n in range(1, 16)})
+    kept, too_long = train.token_pairs(run_dir.file("pairs.jsonl"), chat, settings, train.longest(files, settings))
     assert too_long == []
     assert max(pair.n_tokens for pair in kept) == 48
     assert all(answer[-1] == chat.end_of_turn for pair in kept for answer in (pair.chosen, pair.rejected))

@@ -125,6 +125,9 @@ def test_conversations_within_the_limit_still_share_a_row(kind: str) -> None:
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_the_base_model_is_what_peft_gives_with_the_adapter_off_and_dropout_too(by_hand: bool) -> None:
     model = with_lora(tiny_model(), lora_dropout=0.0 if by_hand else 0.5).train()
+    if not by_hand:
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.attention_dropout = 0.5
     scorer = Scorer(model, by_hand=by_hand)
     assert (scorer.trunk is not None) == by_hand
     requests = [Request(PROMPT, [CHOSEN, REJECTED])]

@@ -249,7 +249,9 @@ def test_a_disk_that_may_only_be_read_still_serves(small_disk: Path, capsys: pyt
 
 WRITE_MANY = """
 import sys, torch
+from pathlib import Path
 from unstilted.lm.chat import TokenPair
+from unstilted.train.references import References
 kept = References(Path(sys.argv[1]), "model", "float32")
 for n in range(int(sys.argv[2]), 400, 2):
     pair = TokenPair("p", [n], [4, 2], [5, 2])

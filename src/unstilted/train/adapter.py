@@ -1,5 +1,6 @@
 """What is trained: an adapter on chosen layers, or those layers' own weights; and how it is turned down and written."""
 
+import json
 import math
 from copy import copy
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Tuned:
         """A PEFT folder that `peft` loads unchanged onto the base model."""
         # "auto" would ask the hub whether the vocabulary has grown; it never does here.
         self.model.save_pretrained(folder, save_embedding_layers=False)
+        _in_one_order(folder / "adapter_config.json")
 
 
 class PissaTuned(Tuned):
@@ -67,6 +69,7 @@ class PissaTuned(Tuned):
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
         config.r, config.init_lora_weights, config.inference_mode = 2 * config.r, True, True
         config.save_pretrained(folder)
+        _in_one_order(folder / "adapter_config.json")
         both = {
             name: torch.cat([weight, self.start[name]], 0) if "lora_A" in name else torch.cat([weight, -self.start[name]], 1)
             for name, weight in self._adapter().items()
@@ -95,6 +98,12 @@ class WholeTuned:
         """A folder with float32 weights and tokenizer, which transformers loads as it does any model."""
         self.model.save_pretrained(folder)
         load_tokenizer(self.files).save_pretrained(folder)
+
+
+def _in_one_order(file: Path) -> None:
+    """PEFT keeps the names of modules as a set and writes them in any order; the same training must give the same bytes."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])}, indent=2) + "\n", encoding="utf-8")
 
 
 def tune(model: Any, settings: TrainTable, files: BaseModelFiles) -> Tuned | WholeTuned:

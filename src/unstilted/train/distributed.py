@@ -348,6 +348,7 @@ def _n_tokens(part: Sequence[TokenPair]) -> int:
 def _part() -> None:
     if not dist.is_initialized():
         call(None)
+    dist.barrier()  # whoever leaves while another still works tears its connections
     dist.destroy_process_group()
 
 

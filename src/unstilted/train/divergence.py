@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unstilted.lm.chat import TokenPair
-from unstilted.lm.head import head_kl, head_logps, head_of
+from unstilted.lm.head import head_kl, head_logps
 from unstilted.lm.score import Scorer
 from unstilted.lm.tree import Request, Tree
 
@@ -25,11 +25,11 @@ class Divergence:
     @property
     def is_known(self) -> bool:
         """Whether base can run beside the policy and its head is one frozen matrix."""
-        return self.keeps_base and head_of(self.scorer.model) is not None
+        return self.keeps_base and self.scorer.head is not None
 
     def look(self, pairs: Sequence[TokenPair]) -> tuple[list[list[Tensor]], Tensor]:
         """Token log-probabilities as by `Scorer.token_logps`, and the KL divergence in nats at each of their M tokens, from one forward."""
-        head = head_of(self.scorer.model)
+        head = self.scorer.head
         assert head is not None
         whole = Tree(tuple(Request(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs))
         trees = [whole] if self.scorer.runs_as_one(whole) else _apart(whole)

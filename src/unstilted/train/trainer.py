@@ -138,7 +138,7 @@ class Trainer:
     def learn(self, batch: Sequence[TokenPair]) -> Outcome:
         """Give the parameters the gradient of the batch's mean loss, in which every pair weighs the same however they are packed."""
         self.model.train()
-        if not (self._has_base and self.scorer.shares_trunk):
+        if self.settings.loss in NEEDS_REFERENCE and not (self._has_base and self.scorer.shares_trunk):
             self._complete_references(batch)
         parts = self._packed(batch)
         mine = self.team.own(parts)
@@ -149,7 +149,7 @@ class Trainer:
         total.finish()
         learnt = self.team.join(mine, learnt)
         for part, (_, _, base_scores) in zip(parts, learnt, strict=True):
-            if part[0] not in self.references:  # another process computed them
+            if base_scores and part[0] not in self.references:  # another process computed them
                 self.references.add(part, base_scores)
         self.references.flush()
         return Outcome(torch.cat([loss for loss, _, _ in learnt]), torch.cat([margin for _, margin, _ in learnt]))
@@ -159,7 +159,7 @@ class Trainer:
         if self.settings.dropout:
             torch.manual_seed(_dropout_seed(self.seed, len(self.points), share.part))
         base_scores = list[list[Tensor]]()
-        if all(pair in self.references for pair in part):
+        if self.settings.loss not in NEEDS_REFERENCE or all(pair in self.references for pair in part):
             policy = self._policy(part)
         else:
             scores, base_scores = self.scorer.both(_requests(part))
