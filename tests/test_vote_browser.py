@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from unstilted.cli import main
 from unstilted.vote.app import create_app
 from unstilted.vote.checking import verify
 from unstilted.vote.export import run_votes
@@ -167,6 +168,8 @@ def test_four_people_do_a_whole_study_at_once(browser: Any, tmp_path: Path) -> N
     with (tmp_path / "votes.csv").open(newline="") as file:
         assert [row["item"] for row in csv.DictReader(file)] == [row["item"] for row in rows]
     assert verify(serving.site.run).problems == ()
+    assert main(["tally", str(serving.site.run)]) == 0
+    assert '"human"' in (serving.site.run / "tally.json").read_text()
 
 
 def close_and_export(browser: Any, serving: Serving, folder: Path) -> None:
