@@ -21,7 +21,7 @@ from unstilted.vote.serve import prepare
 from unstilted.vote.settings import Limits, Settings
 from unstilted.vote.site import Site
 from unstilted.vote.station import BALLOT_LIFE_S, Joining, Slip
-from vote_fixtures import Clock, make_run, make_site
+from vote_fixtures import SMALL, Clock, make_run, make_site
 
 
 @pytest.fixture
@@ -234,7 +234,8 @@ def _whole_rater(run: str, settings: dict[str, Any], name: str, start: Any, n_vo
 
 
 def test_four_processes_share_one_study_without_a_lost_or_a_double_vote(tmp_path: Path, settings: Settings) -> None:
-    run = make_run(tmp_path / "run")
+    study = SMALL.replace("n_items = 6\n", "n_items = 12\n")  # twice the slots that are needed, so that nobody ends early
+    run = make_run(tmp_path / "run", study=study)
     prepare(run, None, settings)
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(4)
@@ -245,13 +246,14 @@ def test_four_processes_share_one_study_without_a_lost_or_a_double_vote(tmp_path
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
     rows = run_votes(run)
-    assert len(rows) == 4 * 3 * 4 == 6 * 8
+    assert len(rows) == 4 * 3 * 4
     assert len({(row["rater"], row["item"]) for row in rows}) == len(rows)  # nobody saw an item twice
     per_item: dict[object, list[tuple[object, object]]] = {}
     for row in rows:
         per_item.setdefault(row["item"], []).append((row["left"], row["right"]))
-    for sides in per_item.values():  # 8 votes are 2 blocks: each pair on each side exactly twice
-        assert sorted(sides) == sorted([("base", "tuned"), ("tuned", "base"), ("prompted", "tuned"), ("tuned", "prompted")] * 2)
+    for sides in per_item.values():  # a block holds each pair on each side once
+        counts = [sides.count(cell) for cell in (("base", "tuned"), ("tuned", "base"), ("prompted", "tuned"), ("tuned", "prompted"))]
+        assert max(counts) - min(counts) <= 1
     assert verify(run).problems == ()
 
 
