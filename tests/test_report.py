@@ -556,7 +556,7 @@ def test_text_colours_reach_wcag_aa_in_light_and_dark(finished_run: Path) -> Non
 
 def test_plots_are_well_formed_and_speak(finished_run: Path) -> None:
     plots = re.findall(r"<svg.*?</svg>", page(finished_run), re.DOTALL)
-    assert len(plots) == 2 + 4
+    assert len(plots) == 2 + 5
     for plot in plots:
         tree = ElementTree.fromstring(plot)
         title, description = tree[0], tree[1]
