@@ -9,6 +9,8 @@ import pytest
 from unstilted.models.resolve import BaseModelFiles, resolve_model
 from unstilted.recipe import ModelTable
 
+pytest_plugins = ("vote_fixtures",)
+
 
 @pytest.fixture(scope="session")
 def embedded_model() -> BaseModelFiles:

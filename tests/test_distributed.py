@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from small_chat import TOKENIZER_FILES, write_small_llama
 from tiny import tiny_model
 from train_together import Task, train
+from unstilted.errors import UserError
 from unstilted.models.resolve import BaseModelFiles
 from unstilted.pipeline import run_pipeline
-from unstilted.recipe import recipe_from
-from unstilted.train.distributed import GradientSum, deal, split_up
+from unstilted.recipe import TrainTable, recipe_from
+from unstilted.train.distributed import GradientSum, deal, make_team, split_up
 
 REPLICAS = ("--multi_gpu",)
 SHARDS = ("--use_fsdp", "--fsdp_version", "2")
@@ -139,6 +140,12 @@ def test_when_a_process_is_killed_all_end_and_the_checkpoint_serves(folder: Path
     assert "Signal 9 (SIGKILL)" in done.stderr
     again = alone(Task(str(folder / "llama"), str(tmp_path / "killed"), LORA))
     assert largest_difference(whole, again) <= 1e-7
+
+
+def test_deepspeed_is_refused_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"):
+        make_team(TrainTable(), BaseModelFiles("tiny", tmp_path, "tiny", "none"))
 
 
 def test_a_whole_run_under_a_launcher_is_that_of_one_process_and_talks_once(tmp_path: Path, embedded_model: BaseModelFiles) -> None:

@@ -148,7 +148,7 @@ def small_recipe(embedded_model: BaseModelFiles, tmp_path_factory: pytest.TempPa
         {
             "model": {"source": str(folder / "model")},
             "pairs": {"source": str(folder / "pairs.jsonl"), "n_held_out": 2},
-            "train": {"batch_size": 2, "eval_every": 4, "rank": 32, "stop_margin": 1e6, "stop_chosen_drop": 1e6},
+            "train": {"batch_size": 2, "n_epochs": 6, "eval_every": 4, "rank": 32, "stop_margin": 1e6, "stop_chosen_drop": 1e6},
             "respond": {"n_prompts": 60, "max_new_tokens": 6, "n_parallel": 2, "temperature": 0.8},
             "measure": {"n_bootstrap": 200},
         }

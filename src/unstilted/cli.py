@@ -14,6 +14,7 @@ from unstilted.processes import is_follower, n_processes, rank
 from unstilted.recipe import Recipe, find_recipe, load_recipe, recipe_toml, shipped_recipes
 
 Settings = Annotated[Recipe, arg(name="")]
+File = Annotated[str, arg(metavar="PATH")]
 STAGE_COMMANDS = ("pairs", "train", "respond", "measure", "report")
 DEFAULT_RUN = Path("runs/default")
 
@@ -32,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except ValidationError as error:
-        if error.title != Recipe.__name__:  # of a setting in no table; tyro reports the others itself
+        if error.title not in (Recipe.__name__, "PlanSettings"):  # of a setting in no table; tyro reports the others itself
             raise
         first = error.errors()[0]
-        return _refuse(f"--{first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}. Change the value.")
+        setting = f"--{first['loc'][0]} is {first['input']!r}: " if first["loc"] else ""
+        return _refuse(f"{setting.replace('_', '-')}{first['msg'].lower().removeprefix('value error, ')}. Change the value.")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "unstilted":
             raise
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(words: list[str]) -> None:
     """Parse a command line and do what it says."""
     from tyro.extras import SubcommandApp
+
+    from unstilted.vote.commands import vote_app, with_serve
 
     app = SubcommandApp()
     base = _base_recipe(words)
@@ -98,7 +102,10 @@ def command(words: list[str]) -> None:
     for name in STAGE_COMMANDS:
         app.command(name=name)(_stage_command(name, base, words))
     app.command(recipe)
-    app.cli(prog="unstilted", description=DESCRIPTION, args=words)
+    app.command(tally)
+    app.command(name="plan")(_plan_command(words[:1] == ["plan"]))
+    app.command(vote_app(), name="vote", help="Serve a blind vote on a run's answers, and look after it.")
+    app.cli(prog="unstilted", description=DESCRIPTION, args=with_serve(words))
 
 
 def _command_together(words: list[str]) -> None:
@@ -132,6 +139,65 @@ def _stage_command(name: str, base: Recipe, words: list[str]) -> Callable[..., N
         settings: The recipe's settings.
     """
     return stage
+
+
+def tally(
+    run: Positional[File] = "",
+    /,
+    votes: File = "",
+    json: File = "",
+    arm: str = "",
+    confidence: float = 0.95,
+) -> None:
+    """Tell what the votes say and how sure that is: of a run folder, or of anybody's votes in a file.
+
+    Args:
+        run: The run folder; its votes are counted and `tally.json` is written into it.
+        votes: A CSV or JSONL file with the columns rater, item, left, right, winner (left, right, tie, both_bad); see docs/votes.md.
+        json: Where to write all results.
+        arm: Whose share is told; left out: tuned, or the first by name.
+        confidence: Of all intervals.
+    """
+    from rich.console import Console
+
+    from unstilted.tally import TallySettings, tally_file, tally_run
+    from unstilted.tally.table import print_tally
+
+    if not 0.5 < confidence < 1:
+        raise UserError(f"--confidence is {confidence:g}.", where="command line", do="It lies between 0.5 and 1, as 0.95.")
+    if bool(run) == bool(votes):
+        raise UserError("one source of votes is needed.", where="command line", do="Name a run folder, or a file with --votes.")
+    settings = TallySettings(confidence=confidence, arm=arm)
+    out = Path(json) if json else None
+    result = tally_run(Path(run), out, settings) if run else tally_file(Path(votes), out, settings)
+    print_tally(result, Console(highlight=False, emoji=False))
+
+
+def _plan_command(is_asked: bool) -> Callable[..., None]:
+    """Its settings need SciPy, which would slow every other command's start."""
+    if not is_asked:
+        return _plan_unasked
+    from unstilted.plan import PlanSettings, make_plan, print_plan, with_pilot
+    from unstilted.stats.votes import read_votes
+
+    def plan(pilot: File = "", arm: str = "", settings: Annotated[PlanSettings, arg(name="")] = PlanSettings()) -> None:  # noqa: B008
+        from rich.console import Console
+
+        known = with_pilot(settings, read_votes(Path(pilot)), arm) if pilot else settings
+        print_plan(make_plan(known), Console(highlight=False, emoji=False))
+
+    plan.__doc__ = f"""{_plan_unasked.__doc__}
+
+    Args:
+        pilot: A file of votes (see docs/votes.md) that tells the share, the ties and how much raters and items differ.
+        arm: Whose share; left out: tuned, or the first by name.
+        settings: What the vote shall show.
+    """
+    return plan
+
+
+def _plan_unasked() -> None:
+    """Tell how many raters, items and votes a wanted interval or power takes, by simulation."""
 
 
 def _base_recipe(words: list[str]) -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unstilted.errors import UserError
-from unstilted.files import write_text
+from unstilted.files import sha256, write_text
 from unstilted.progress import say
 from unstilted.recipe import Recipe, load_recipe, recipe_toml
 from unstilted.rundir import RunDir, StageEntry, StageWork, open_run
@@ -25,6 +25,8 @@ class Stage:
     """Recipe tables that it depends on, besides the seed."""
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    may_read: tuple[str, ...] = ()
+    """What it reads where it is there."""
     shows_manifest: bool = False
     """Whether it prints what the manifest says of the other stages, and so is done again when that changes."""
     sources: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ STAGES = (
         ("report",),
         ("measures.json", "scores.jsonl", "responses.jsonl", "train.jsonl", "pairs.jsonl"),
         ("report.html", "README.md", "before_after.svg"),
+        may_read=("tally.json", "judges.json", "vote/preregistration.json"),
         shows_manifest=True,
     ),
 )
@@ -132,7 +135,7 @@ def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
         settings={"seed": recipe.seed} | {name: getattr(recipe, name).model_dump(mode="json") for name in stage.tables},
         reads=stage.reads,
         writes=stage.writes,
-        sources=stage.fingerprints(recipe) | (_others(stage, run_dir) if stage.shows_manifest else {}),
+        sources=stage.fingerprints(recipe) | _found(stage, run_dir) | (_others(stage, run_dir) if stage.shows_manifest else {}),
         work=lambda: stage.run(recipe, run_dir),
     )
     if not must and run_dir.is_done(work):
@@ -144,6 +147,10 @@ def _do(stage: Stage, recipe: Recipe, run_dir: RunDir, *, must: bool) -> None:
     say(f"{stage.name:<8} done in {time.monotonic() - start:.0f} s")
 
 
+def _found(stage: Stage, run_dir: RunDir) -> dict[str, str]:
+    return {name: sha256(run_dir.file(name)) for name in stage.may_read if run_dir.file(name).exists()}
+
+
 def _others(stage: Stage, run_dir: RunDir) -> dict[str, str]:
     """The manifest's entries of all other stages as one fingerprint."""
     entries = [entry.model_dump_json() for name, entry in run_dir.manifest().items() if name != stage.name]
@@ -151,7 +158,7 @@ def _others(stage: Stage, run_dir: RunDir) -> dict[str, str]:
 
 
 def settle_libraries() -> None:
-    """What must come before torch, transformers and llama.cpp are imported."""
+    """Do what must come before torch, transformers and llama.cpp are imported."""
     # Spinning threads collapse as soon as anything else wants the cores; a value that the user set is kept.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # peft 0.21 asks transformers 5.24 by an old name; nothing that a user could change.

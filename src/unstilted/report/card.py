@@ -9,6 +9,7 @@ from unstilted.report.lettering import one_line
 from unstilted.report.page import environment
 from unstilted.report.provenance import pairs_text, settings_of
 from unstilted.report.tables import COLUMNS, measured_rows, verdict
+from unstilted.report.vote import shown_vote
 from unstilted.report.wording import fact
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -59,6 +60,7 @@ def _values(contents: Contents) -> dict[str, Any]:
         "model_code": json.dumps(one_line(model or contents.model or "the base model"), ensure_ascii=False),
         "columns": [heading for _, heading in COLUMNS],
         "rows": measured_rows(contents.measures),
+        "vote": shown_vote(contents),
         "facts": {name: markdown(fact(contents.fact(stage, name))) for stage, name in _FACTS},
         "licence_words": markdown(fact(contents.fact("train", "licence"))),
         "pairs": markdown(pairs_text(contents)),

@@ -5,11 +5,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from unstilted.errors import UserError
 from unstilted.files import sha256
 from unstilted.recipe import Recipe
 from unstilted.records import Arm, Measures, Response, Score, TrainPoint, parse_row, read_jsonl
 from unstilted.rundir import RunDir, StageEntry
+from unstilted.tally.records import Tally
+from unstilted.vote.freezing import Registration, registrations
+from unstilted.vote.machines import JUDGES, JudgeSummary, read_judges
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Contents:
     stages: dict[str, StageEntry]
     files: dict[str, str]
     """Files that the report was made from -> sha256."""
+    tally: Tally | None = None
+    """None until votes were tallied."""
+    judges: tuple[JudgeSummary, ...] = ()
+    registration: Registration | None = None
+    """Of the vote's study, its newest version."""
 
     def fact(self, stage: str, name: str) -> object:
         """A fact of a finished stage, or None when it isn't there."""
@@ -78,7 +88,8 @@ def read_contents(recipe: Recipe, run_dir: RunDir) -> Contents:
     scores = run_dir.require("scores.jsonl", "measure")
     responses = run_dir.require("responses.jsonl", "respond")
     train = run_dir.file("train.jsonl")
-    files = (measures, scores, responses, train)
+    tally, registered = run_dir.file("tally.json"), run_dir.file("vote/preregistration.json")
+    files = (measures, scores, responses, train, tally, run_dir.file(JUDGES), registered)
     return Contents(
         recipe=recipe,
         measures=_read_measures(measures),
@@ -86,7 +97,19 @@ def read_contents(recipe: Recipe, run_dir: RunDir) -> Contents:
         points=tuple(read_jsonl(train, TrainPoint)) if train.exists() else (),
         stages={name: entry for name, entry in run_dir.manifest().items() if name != "report"},
         files={file.name: sha256(file) for file in files if file.exists()},
+        tally=_read_tally(tally) if tally.exists() else None,
+        judges=tuple(read_judges(run_dir.path)),
+        registration=registrations(run_dir.path)[-1] if registered.exists() else None,
     )
+
+
+def _read_tally(path: Path) -> Tally:
+    try:
+        return Tally.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"'{field}': {first['msg'].lower()}.", where=str(path), do="Run `unstilted tally` again.") from None
 
 
 def _read_measures(path: Path) -> Measures:

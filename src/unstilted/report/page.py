@@ -16,6 +16,7 @@ from unstilted.report.lettering import printable
 from unstilted.report.plots import Mark, line_chart, voice_axis
 from unstilted.report.provenance import run_facts, stage_cards
 from unstilted.report.tables import COLUMNS, measured_rows, verdict
+from unstilted.report.vote import shown_vote
 from unstilted.report.wording import NOT_MEASURED, decimal, fact
 
 N_WORST = 5
@@ -74,6 +75,7 @@ def _values(contents: Contents) -> dict[str, Any]:
         "voice": _voice_plots(contents),
         "columns": [heading for _, heading in COLUMNS],
         "rows": measured_rows(measures),
+        "vote": shown_vote(contents),
         "charts": [(chart, line_chart(chart)) for chart in charts],
         "ending": fact(contents.fact("train", "stopped")),
         "warnings": _warnings(contents),

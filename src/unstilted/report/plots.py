@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unstilted.records import Estimate
-from unstilted.report.lettering import text_width
+from unstilted.report.lettering import text_width, wrap
 from unstilted.report.wording import MINUS
 
 TEXT_SIZE = 12.0
@@ -34,6 +34,18 @@ class Mark:
 
     label: str
     estimate: Estimate
+    css: str
+
+
+@dataclass(frozen=True)
+class ShareMark:
+    """A share between 0 and 1 on an axis; without low and high there is no interval."""
+
+    label: str
+    value: str
+    share: float
+    low: float | None
+    high: float | None
     css: str
 
 
@@ -97,6 +109,21 @@ def voice_axis(marks: Sequence[Mark], width: float, key: str) -> Markup:
     )
     title = "Voice of the answers, from formal (0) to human-like (1)"
     return _svg(key, title, spoken or "Not measured.", width, bottom + 26, parts)
+
+
+def share_axis(marks: Sequence[ShareMark], width: float, key: str, title: str, label: str = "") -> Markup:
+    """Dot and interval for each mark between 0 and 100 %, with a line at one half; `label` is written into the picture."""
+    scale = Scale(0, 1, 20, width - 20)
+    lines = wrap(label, width - 8, TEXT_SIZE)
+    top, row_height = 26.0 + 16 * len(lines), 48.0
+    bottom = top + row_height * len(marks) + 4
+    parts = [_text(0, 12 + 16 * index, line, "start", "warning") for index, line in enumerate(lines)]
+    parts += [_grid_line(scale(tick), top - 4, bottom) for tick in (0, 0.25, 0.75, 1)]
+    parts += [Markup('<path class="end" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>').format(x=scale(0.5), top=top - 4, bottom=bottom)]
+    parts += [_text(scale(0.5), top - 10, "no preference", "middle", "tick")]
+    parts += [_share_mark(mark, scale, top + row_height * index, width) for index, mark in enumerate(marks)]
+    parts += [_text(scale(tick), bottom + 18, f"{100 * tick:g} %", "middle", "tick") for tick in (0, 0.25, 0.5, 0.75, 1)]
+    return _svg(key, title, f"{label}. {_spoken_shares(marks)}" if label else _spoken_shares(marks), width, bottom + 26, parts)
 
 
 def line_chart(chart: Chart) -> Markup:
@@ -183,6 +210,32 @@ def _mark(mark: Mark, scale: Scale, top: float, width: float) -> Markup:
     )
     dot = Markup('<circle class="dot {css}" cx="{x:.1f}" cy="{y}" r="5"/>').format(css=mark.css, x=scale(estimate.mean), y=y)
     return interval + dot + _text(x, y - 13, label, "middle", f"name {mark.css}")
+
+
+def _share_mark(mark: ShareMark, scale: Scale, top: float, width: float) -> Markup:
+    y, label = top + 34, mark.label
+    while text_width(f"{label}  {mark.value}", TEXT_SIZE + 2) > width and len(label) > 1:
+        label = label[:-2].rstrip() + "…"
+    label = f"{label}  {mark.value}"
+    half = text_width(label, TEXT_SIZE + 2) / 2
+    x = min(max(scale(mark.share), half), width - half)
+    drawn = Markup("")
+    if mark.low is not None and mark.high is not None:
+        drawn = Markup('<path class="interval {css}" d="M{low:.1f} {y}H{high:.1f}"/>').format(
+            css=mark.css, low=scale(mark.low), high=scale(mark.high), y=y
+        )
+    dot = Markup('<circle class="dot {css}" cx="{x:.1f}" cy="{y}" r="5"/>').format(css=mark.css, x=scale(mark.share), y=y)
+    return drawn + dot + _text(x, y - 13, label, "middle", f"name {mark.css}")
+
+
+def _spoken_shares(marks: Sequence[ShareMark]) -> str:
+    told = []
+    for mark in marks:
+        interval = "no interval"
+        if mark.low is not None and mark.high is not None:
+            interval = f"interval {100 * mark.low:.1f} to {100 * mark.high:.1f} %"
+        told.append(f"{mark.label} {mark.value}, {interval}")
+    return "; ".join(told) + "."
 
 
 def _level(left: float, right: float, y: float, *, is_zero: bool) -> Markup:

@@ -295,6 +295,12 @@ def make_team(settings: TrainTable, files: BaseModelFiles) -> Team:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise UserError(
+            "training under DeepSpeed is not supported.",
+            where="accelerate launch",
+            do="Launch with --use_fsdp --fsdp_version 2, which shards as ZeRO-3 does.",
+        )
     _meet()
     accelerator = Accelerator(cpu=n_processes() > 1 and _on_cpu())
     if n_processes() == 1 or os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
