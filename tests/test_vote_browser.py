@@ -215,6 +215,8 @@ def test_in_a_right_to_left_page_the_arrow_keys_choose_what_they_point_at(browse
         page.goto(serving.url + "/?lang=ar")
         page.check("#consent")
         page.click("button.main")
+        page.wait_for_selector("input[name^=winner]")
+        page.wait_for_load_state("load")  # the keys' script runs at its end
         for key in ("ArrowLeft", "ArrowRight"):
             page.keyboard.press(key)
             chosen = page.eval_on_selector("input[name^=winner]:checked", "input => input.value")
