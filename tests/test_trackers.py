@@ -76,6 +76,7 @@ def test_a_new_training_takes_the_place_of_the_curves_before(tmp_path: Path) -> 
         with open_trackers(["tensorboard"], tmp_path / "trackers", 0, {}) as trackers:
             trackers.log(point(1, loss=loss))
     assert curves(tmp_path / "trackers")["train/loss"] == [(1, 6.0)]
+    assert len([file for file in (tmp_path / "trackers").rglob("*") if file.is_file()]) == 1
 
 
 def test_without_trackers_there_is_no_folder(tmp_path: Path) -> None:

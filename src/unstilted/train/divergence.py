@@ -11,7 +11,7 @@ from unstilted.lm.score import Scorer
 from unstilted.lm.tree import Request, Tree
 
 N_PAIRS = 8
-"""Pairs it is measured on: their ~1,300 positions cost a tenth of a look, and a mean over them is good to a few per cent."""
+"""Pairs it is measured on: of starter pairs they are ~1,200 positions, which cost an eighth of a look at 24 and leave an error of 4 %."""
 
 
 class Divergence:
